@@ -1,0 +1,131 @@
+"""Every key there is, with its default. A recipe starts from here and changes values; it never adds keys.
+
+Any value can be overridden on the command line: `--config.optim.learning_rate=3e-4`.
+Sizes are in tokens, steps or pairs; there are no other units.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Returns the complete configuration, locked against new keys."""
+    config = ConfigDict()
+
+    # Root of all randomness: parameters, dropout, order of the data.
+    config.seed = 0
+    # Optimiser steps of the whole run; the schedule ends here.
+    config.steps = 1000
+    # A line on the screen, in TensorBoard and in metrics.jsonl every so many steps.
+    config.log_every = 20
+    # The query-key test on the validation split every so many steps (0: never).
+    config.eval_every = 0
+    # A checkpoint every so many steps (0: only at the end), of which the newest `keep` stay.
+    config.checkpoint_every = 500
+    config.keep = 3
+
+    config.data = ConfigDict()
+    # A folder made by `python -m contrastive_jax.prepare`.
+    config.data.dir = "data/python"
+    # Pairs in one global batch, over all devices and processes.
+    config.data.batch_size = 256
+    # Tokens of one row: the longest span with its delimiters; shorter spans are padded.
+    config.data.length = 64
+    # How two spans of a window become a positive pair: "neighbours".
+    config.data.sampler = "neighbours"
+    # Span lengths are uniform in [min_span, max_span]; the gap between them in [min_gap, max_gap] (0: adjacent).
+    config.data.min_span = 62
+    config.data.max_span = 62
+    config.data.min_gap = 0
+    config.data.max_gap = 0
+    # Whether the anchor is the earlier span ("kept") or either one ("random").
+    config.data.order = "random"
+    # Wrap views as CPT-text does, [x] and {y}; the ids come from the tokenizer. False: bare spans.
+    config.data.delimiters = True
+    # Share of each domain in the batch, as (domain, weight) pairs; weights are normalised, domains not named are left out.
+    # Empty: natural, every window of every domain once an epoch.
+    config.data.weights = ()
+
+    config.model = ConfigDict()
+    # Blocks; 0 gives a bag of token embeddings.
+    config.model.num_layers = 2
+    # Width of the residual stream.
+    config.model.d_model = 256
+    config.model.num_heads = 4
+    # Heads of keys and values; fewer than num_heads is grouped-query attention.
+    config.model.num_kv_heads = 4
+    config.model.head_dim = 64
+    config.model.d_ff = 1024
+    # "gelu", or gated: "geglu", "swiglu".
+    config.model.mlp = "gelu"
+    # "layernorm" or "rmsnorm".
+    config.model.norm = "layernorm"
+    # "pre" (GPT, ModernBERT) or "post" (BERT).
+    config.model.norm_position = "pre"
+    # A norm after the last block; customary with "pre".
+    config.model.final_norm = True
+    # A norm right after the token and position embeddings (BERT, ModernBERT).
+    config.model.embedding_norm = False
+    # "learned", "rotary" or "none".
+    config.model.position = "rotary"
+    config.model.rope_theta = 10_000.0
+    # Attention to earlier tokens only.
+    config.model.causal = False
+    # Biases in projections and LayerNorm.
+    config.model.bias = True
+    # Dropout of embeddings and of each residual branch, and of attention probabilities.
+    config.model.dropout = 0.0
+    config.model.attention_dropout = 0.0
+    # Standard deviation of the weights' initial normal distribution.
+    config.model.init_std = 0.02
+    # Output projections start at zero, so that the encoder begins as a bag of its embeddings.
+    config.model.zero_init_branches = False
+    # How tokens become one vector: "mean", "cls" (first token) or "eos" (last token).
+    config.model.pooling = "mean"
+    # Width of the embedding after a linear projection; 0: d_model, no projection.
+    config.model.embedding_dim = 0
+    # What the backward pass recomputes: "none", "dots" (all but matrix products) or "full".
+    config.model.remat = "none"
+    # Type of activations and matrix products, "float32" or "bfloat16"; parameters, norms and softmax stay float32.
+    config.model.dtype = "float32"
+
+    config.objective = ConfigDict()
+    # "infonce": symmetric, negatives from the whole global batch.
+    config.objective.name = "infonce"
+    # Temperature of the logits: its start, the range it is held in, and whether it is trained.
+    config.objective.temperature = 0.05
+    config.objective.temperature_min = 0.01
+    config.objective.temperature_max = 1.0
+    config.objective.temperature_trainable = True
+    # Spans of one document are not each other's negatives.
+    config.objective.mask_same_document = True
+
+    config.optim = ConfigDict()
+    # AdamW.
+    config.optim.learning_rate = 1e-3
+    config.optim.b1 = 0.9
+    config.optim.b2 = 0.98
+    config.optim.eps = 1e-8
+    config.optim.weight_decay = 0.01
+    # First pattern that matches a parameter's path decides; each parameter must be matched. (regex, factor).
+    config.optim.weight_decay_rules = ((r"norm|bias|embedding|objective", 0.0), (r".*", 1.0))
+    config.optim.learning_rate_rules = ((r".*", 1.0),)
+    # Linear warm-up, then "cosine", "linear" (both down to end_factor × learning_rate), "rsqrt" or "constant".
+    config.optim.schedule = "cosine"
+    config.optim.warmup_steps = 100
+    config.optim.end_factor = 0.0
+    # Gradients are scaled down to this global norm (0: never).
+    config.optim.clip_norm = 1.0
+
+    config.mesh = ConfigDict()
+    # Devices along each axis; one of them may be -1: all that remain.
+    config.mesh.data = -1
+    config.mesh.fsdp = 1
+    config.mesh.tensor = 1
+
+    config.eval = ConfigDict()
+    # The query-key test: pairs, tokens of a span, rows embedded at once, seed of the choice.
+    config.eval.pairs = 1000
+    config.eval.span = 62
+    config.eval.batch_size = 200
+    config.eval.seed = 0
+    return config.lock()

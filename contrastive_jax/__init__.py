@@ -1,0 +1,1 @@
+"""Contrastive pre-training of text encoders (CPT-text) in JAX."""

@@ -1,0 +1,106 @@
+"""One builder: from a config and a mesh to the jitted functions of a run, for the loop, the evaluations and the tests."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from contrastive_jax import optim, sharding
+from contrastive_jax import step as step_lib
+from contrastive_jax.models import encoder as encoder_lib
+from contrastive_jax.objectives import pairs
+
+
+class Run(NamedTuple):
+    """What a config means on a mesh.
+
+    Attributes:
+      mesh: the mesh.
+      shapes: a TrainState of jax.ShapeDtypeStruct with shardings: what a checkpoint restores into.
+      init: () → TrainState, allocated in its shardings.
+      train_step: (state, batch) → (state, metrics, z); donates the state.
+      encode: (params, tokens int32[n l], mask bool[n l]) → float32[n e] on the host; host arrays, the same on each process.
+      schedule: step → learning rate.
+    """
+
+    mesh: Mesh
+    shapes: step_lib.TrainState
+    init: Callable[[], step_lib.TrainState]
+    train_step: Callable[[step_lib.TrainState, step_lib.Batch], tuple[step_lib.TrainState, step_lib.Metrics, jax.Array]]
+    encode: Callable[[Any, np.ndarray, np.ndarray], np.ndarray]
+    schedule: Callable[[Any], Any]
+
+
+def padded_vocab(vocab_size: int) -> int:
+    """The rows of the embedding table: a multiple of 128, so that it tiles and shards evenly."""
+    return -(-vocab_size // 128) * 128
+
+
+def build(config: ConfigDict, mesh: Mesh, vocab_size: int) -> Run:
+    """Builds a run; nothing is allocated yet.
+
+    Raises:
+      ValueError: the config has a value that cannot be; the message names the key.
+    """
+    encoder = encoder_lib.make(config.model, padded_vocab(vocab_size), config.data.length)
+    objective = pairs.make(config.objective, sharding.gather(mesh))
+
+    def init_params() -> Any:
+        root = jax.random.key(config.seed)
+        key = step_lib.step_key(root, "init", jnp.int32(0))
+        return {"encoder": encoder.init(key), "objective": objective.init(key)}
+
+    params = jax.eval_shape(init_params)
+    axes = {"encoder": encoder.axes, "objective": jax.tree.map(lambda x: (None,) * x.ndim, params["objective"])}
+    optimizer = optim.make(config.optim, config.steps, params)
+
+    def init() -> step_lib.TrainState:
+        fresh = init_params()
+        return step_lib.TrainState(jnp.int32(0), fresh, optimizer.init(fresh))
+
+    placement = state_shardings(jax.eval_shape(init), sharding.tree_shardings(axes, params, mesh), mesh)
+    shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), jax.eval_shape(init), placement)
+    step = step_lib.make_train_step(encoder.apply, objective.loss, objective.project, optimizer, jax.random.key(config.seed))
+    rows = NamedSharding(mesh, sharding.BATCH)
+    return Run(
+        mesh=mesh,
+        shapes=shapes,
+        init=jax.jit(init, out_shardings=placement),
+        train_step=jax.jit(step, donate_argnums=0, out_shardings=(placement, None, rows)),
+        encode=make_encode(encoder.apply, mesh),
+        schedule=optim.schedule(config.optim, config.steps),
+    )
+
+
+def state_shardings(shapes: step_lib.TrainState, params: Any, mesh: Mesh) -> step_lib.TrainState:
+    """Shardings of the whole state: optimiser moments lie where their parameter lies, the rest is replicated."""
+    by_path = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+    replicated = NamedSharding(mesh, P())
+
+    def one(path: Any, _: Any) -> NamedSharding:
+        # A moment's path ends with its parameter's: ...mu['encoder']['transformer'][...].
+        tail = (jax.tree_util.keystr(path[i:]) for i in range(len(path)))
+        return next((by_path[name] for name in tail if name in by_path), replicated)
+
+    return jax.tree_util.tree_map_with_path(one, shapes)
+
+
+def make_encode(apply: Callable, mesh: Mesh) -> Callable[[Any, np.ndarray, np.ndarray], np.ndarray]:
+    """Encodes rows that every process holds in full; rows are padded to a multiple of the devices and cut again."""
+    replicated = NamedSharding(mesh, P())
+    forward = jax.jit(lambda params, batch: apply(params, batch["tokens"], batch["mask"], None), out_shardings=replicated)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def encode(params: Any, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        n = len(tokens)
+        total = -(-n // shards) * shards
+        batch = {"tokens": np.resize(tokens, (total, *tokens.shape[1:])), "mask": np.resize(mask, (total, *mask.shape[1:]))}
+        z = forward(params["encoder"], sharding.to_global(batch, np.arange(total), total, mesh))
+        return jax.device_get(z.addressable_data(0))[:n]
+
+    return encode

@@ -1,0 +1,89 @@
+"""What the commands share: errors of the user as one line and exit status 2, flags, the config."""
+
+import contextlib
+import json
+import logging as std_logging
+import os
+import runpy
+import sys
+from collections.abc import Callable, Iterator
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+USER_ERROR = 2
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Turns the exceptions of bad input into one line on stderr and exit status 2. Wrap set-up with it, never the loop."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        fail(str(error))
+
+
+def fail(message: str) -> None:
+    """Ends the command with a one-line message."""
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(USER_ERROR)
+
+
+def define_config(default: str) -> flags.FlagHolder:
+    """The flag --config=FILE.py[:ARG]; any value in it is overridden by --config.key=value."""
+    # Not given to absl as the flag's default: it would parse the overrides right here, at import, where no error can be caught.
+    if not any(argument.startswith("--config=") for argument in sys.argv):
+        sys.argv.insert(1, f"--config={default}")
+    return config_flags.DEFINE_config_file("config", None, "The recipe, FILE.py or FILE.py:ARG.", lock_config=True)
+
+
+def unknown_key(argv: list[str]) -> str | None:
+    """The message for the first --config.key that the config does not have, with the list of what there is."""
+    recipe = next(argument for argument in argv if argument.startswith("--config=")).partition("=")[2]
+    path, _, variant = recipe.partition(":")
+    config = runpy.run_path(path)["get_config"](*[variant] * bool(variant))
+    for argument in argv:
+        if not argument.startswith("--config."):
+            continue
+        node = config
+        for key in argument.partition("=")[0].split(".")[1:]:
+            if not isinstance(node, ConfigDict) or key not in node:
+                there = ", ".join(sorted(node)) if isinstance(node, ConfigDict) else "no keys below it"
+                return f"{argument.partition('=')[0]}: unknown key {key!r}; there are: {there}"
+            node = node[key]
+    return None
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Parses the flags; a wrong one is named in one line, exit status 2."""
+    try:
+        rest = flags.FLAGS(argv)
+        if "config" in flags.FLAGS:
+            dict(flags.FLAGS["config"].value or {})  # a file that could not be loaded says so at first use
+    except (AttributeError, KeyError):
+        message = unknown_key(argv)
+        if message is None:
+            raise
+        fail(message)
+    except (flags.Error, ValueError, TypeError, OSError) as error:
+        fail(str(error))
+    if rest[1:]:
+        fail(f"unexpected argument {rest[1]!r}; flags are given as --name=value")
+    return rest
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Runs a command: parses its flags, refuses what it does not know, logs at level INFO."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    logging.set_verbosity(logging.INFO)
+    # Libraries speak up from WARNING on only: Orbax alone would drown the progress lines.
+    ours = os.path.dirname(__file__)
+    logging.get_absl_handler().addFilter(
+        lambda record: record.levelno >= std_logging.WARNING or record.pathname.startswith(ours)
+    )
+    app.run(main, flags_parser=parse)
+
+
+def to_json(config: ConfigDict) -> str:
+    """The config as JSON with sorted keys, the same for equal configs."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True)

@@ -1,0 +1,99 @@
+"""What a run reports: embedding statistics, digests, TensorBoard and a JSON-lines file.
+
+Dimensions: b pairs, v = 2 views, e embedding.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from clu import metric_writers
+from etils import epath
+
+
+def embedding_metrics(z: np.ndarray) -> dict[str, float]:
+    """How a sample of embeddings lies on the sphere.
+
+    Alignment is the mean squared distance of positives, uniformity the log of the mean Gaussian potential of anchors (Wang and
+    Isola, https://arxiv.org/abs/2005.10242); the effective rank is the exponential of the entropy of the normalised singular
+    values of the anchors (Roy and Vetterli, 2007): 1 where all embeddings are collinear, min(b, e) at most.
+
+    Args:
+      z: float32[b 2 e], unit vectors.
+    """
+    anchor, positive = z[:, 0].astype(np.float64), z[:, 1].astype(np.float64)
+    gram = anchor @ anchor.T
+    apart = ~np.eye(len(gram), dtype=bool)
+    # |x - y|² = 2 - 2 x·y on the sphere.
+    potential = np.exp(-2 * (2 - 2 * gram[apart])).mean() if len(gram) > 1 else np.nan
+    singular = np.sqrt(np.maximum(np.linalg.eigvalsh(gram), 0))
+    share = singular / singular.sum()
+    return {
+        "alignment": float(np.square(anchor - positive).sum(-1).mean()),
+        "uniformity": float(np.log(potential)),
+        "effective_rank": float(np.exp(-(share * np.log(np.maximum(share, 1e-30))).sum())),
+    }
+
+
+def parameters_digest(params: Any, fetch: Callable[[jax.Array], np.ndarray]) -> str:
+    """sha256 of all parameters in the order of their paths: name, type, shape, bytes. Equal digests, equal models.
+
+    Args:
+      params: nested dict of arrays.
+      fetch: brings one (sharded) array to the host; every process must call it.
+    """
+    digest = hashlib.sha256()
+    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+    for name in sorted(leaves):
+        array = np.ascontiguousarray(fetch(leaves[name]))
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+class JsonLinesWriter(metric_writers.MetricWriter):
+    """Scalars as one JSON object a line: {"step": 20, "loss": 3.2, ...}."""
+
+    def __init__(self, path: epath.Path, first_step: int):
+        # A restart repeats the steps since its checkpoint: what an earlier run wrote of them is dropped.
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= first_step]
+        path.write_text("".join(line + "\n" for line in kept))
+        self._file = path.open("a")
+        self._texts: dict[str, str] = {}
+
+    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Writes one line, with the texts that came before it."""
+        line = {"step": step} | {name: float(value) for name, value in scalars.items()} | self._texts
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        self._texts = {}
+
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Keeps texts for the next line."""
+        self._texts |= texts
+
+    def flush(self) -> None:
+        """Nothing waits: each line is flushed as it is written."""
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def write_summaries(self, *args: Any, **kwargs: Any) -> None:
+        """Scalars and texts only."""
+        raise NotImplementedError("metrics.jsonl holds scalars and texts only")
+
+    write_images = write_videos = write_audios = write_histograms = write_pointcloud = write_hparams = write_summaries
+
+
+def make_writer(workdir: epath.Path, first_step: int, lead: bool) -> metric_writers.MetricWriter:
+    """TensorBoard and metrics.jsonl in `workdir`, on the lead process; the others write nothing."""
+    if not lead:
+        return metric_writers.MultiWriter([])
+    return metric_writers.MultiWriter(
+        [metric_writers.SummaryWriter(str(workdir)), JsonLinesWriter(workdir / "metrics.jsonl", first_step)]
+    )

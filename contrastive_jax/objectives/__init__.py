@@ -1,0 +1,1 @@
+"""Objectives: from embeddings to a loss. They see neither tokens nor the encoder's mesh."""

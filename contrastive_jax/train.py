@@ -1,0 +1,222 @@
+"""Trains an encoder: `python -m contrastive_jax.train --config=configs/debug.py --workdir=runs/debug`.
+
+Start it again with the same workdir and it goes on from its newest checkpoint. Several processes: --coordinator=HOST:PORT
+--num_processes=N --process_id=I on each, or --cluster where the environment knows (TPU pod, SLURM).
+"""
+
+import contextlib
+import json
+import time
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import flags, logging
+from clu import metric_writers, parameter_overview
+from etils import epath
+from ml_collections import ConfigDict
+
+from contrastive_jax import build as build_lib
+from contrastive_jax import checkpoint, cli, metrics, processes, sharding
+from contrastive_jax import step as step_lib
+from contrastive_jax.data import pipeline
+from contrastive_jax.evals import query_key
+
+CONFIG = cli.define_config("configs/debug.py")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, metrics and results; local or gs://.", required=True)
+STOP_AT_STEP = flags.DEFINE_integer("stop_at_step", None, "Save and end at this step, as a preemption would.", lower_bound=0)
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
+CLUSTER = flags.DEFINE_bool("cluster", False, "Take coordinator and processes from the environment (TPU pod, SLURM).")
+
+
+class Setup(NamedTuple):
+    """A run with its data, ready for the loop."""
+
+    config: ConfigDict
+    workdir: epath.Path
+    run: build_lib.Run
+    manifest: dict
+    windows: pipeline.Windows
+    pairs: query_key.Pairs | None
+
+
+def set_up(config: ConfigDict, workdir: epath.Path) -> Setup:
+    """Opens the data, builds the run, checks that all processes agree, and records the config in the workdir.
+
+    Raises:
+      ValueError: the config, the data or the other processes do not fit; the message names the key.
+    """
+    for key in ("steps", "log_every", "keep"):
+        if config[key] < 1:
+            raise ValueError(f"config.{key}={config[key]}: must be at least 1")
+    for key in ("eval_every", "checkpoint_every", "seed"):
+        if config[key] < 0:
+            raise ValueError(f"config.{key}={config[key]}: must not be negative")
+    manifest = pipeline.load_manifest(config.data.dir)
+    processes.check_agreement(config=cli.to_json(config), data=manifest["content_hash"])
+    mesh = sharding.make_mesh(config.mesh)
+    run = build_lib.build(config, mesh, manifest["vocab_size"])
+    windows = pipeline.open_split(config.data.dir, "train")
+    held_out = pipeline.open_split(config.data.dir, "validation") if config.eval_every else None
+    pairs = query_key.make_pairs(held_out, config.eval, config.data) if held_out else None
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "config.json").write_text(cli.to_json(config))
+    return Setup(config, workdir, run, manifest, windows, pairs)
+
+
+def restore_or_init(run: build_lib.Run, checkpoints: checkpoint.Checkpoints) -> step_lib.TrainState:
+    """The newest checkpoint, laid out for this mesh, or a fresh state."""
+    latest = checkpoints.latest()
+    if latest is None:
+        return run.init()
+    logging.info("resuming from %s", checkpoints.directory / str(latest))
+    items = checkpoints.restore(latest, params=run.shapes.params, opt_state=run.shapes.opt_state)
+    step = jax.device_put(np.int32(latest), run.shapes.step.sharding)
+    return step_lib.TrainState(step, items["params"], items["opt_state"])
+
+
+class Reporter:
+    """Gathers the metrics of steps on the devices and reports them every so often; stops the run at a non-finite loss."""
+
+    def __init__(self, setup: Setup, first_step: int, writer: metric_writers.MetricWriter):
+        self._setup, self._writer = setup, writer
+        self._pending: list[step_lib.Metrics] = []
+        self._step, self._since = first_step, time.monotonic()
+        self._fetch = jax.jit(lambda tree: tree, out_shardings=sharding.replicated(setup.run.mesh))
+        self._sample = jax.jit(lambda z: z[:1024], out_shardings=sharding.replicated(setup.run.mesh))
+        self.batch_digest = ""
+
+    def add(self, step: int, values: step_lib.Metrics) -> None:
+        """Keeps one step's metrics; nothing waits for the device."""
+        self._pending.append(values)
+        self._step = step
+
+    def flush(self, z: jax.Array | None = None) -> None:
+        """Fetches what is pending, checks it, and writes one line about it if `z`, the last step's embeddings, is given.
+
+        Raises:
+          FloatingPointError: a loss was not finite; the message names the steps.
+        """
+        if not self._pending:
+            return
+        steps = [self._local(values) for values in self._pending]
+        seconds, self._pending = time.monotonic() - self._since, []
+        losses = np.array([values["loss"] for values in steps])
+        if not np.isfinite(losses).all():
+            first = self._step - len(steps) + 1
+            bad = [str(first + i) for i in np.flatnonzero(~np.isfinite(losses))]
+            raise FloatingPointError(f"the loss is not finite at step {', '.join(bad)}; the last checkpoint is sound")
+        digest = steps[-1].pop("batch_digest")
+        self.batch_digest = "".join(f"{word:08x}" for word in digest)
+        if z is not None:
+            mean = {name: float(np.mean([values[name] for values in steps])) for name in steps[-1]}
+            self._write(mean, len(steps), seconds, self._local(self._sample(z)))
+
+    def _local(self, tree: Any) -> Any:
+        return jax.device_get(jax.tree.map(lambda x: x.addressable_data(0), self._fetch(tree)))
+
+    def _write(self, mean: dict[str, float], count: int, seconds: float, z: np.ndarray) -> None:
+        config, step = self._setup.config, self._step
+        tokens = mean.pop("tokens")
+        scalars = mean | metrics.embedding_metrics(z)
+        with jax.transfer_guard("allow"):
+            scalars["learning_rate"] = float(self._setup.run.schedule(step - 1))
+        scalars["pairs_per_second"] = count * config.data.batch_size / seconds
+        scalars["tokens_per_second"] = count * tokens / seconds
+        eta = (config.steps - step) * seconds / count
+        logging.info(
+            "step %d/%d  loss %.4f  top-1 %.3f  temperature %.4f  %.0f pairs/s  %.0f tokens/s  ETA %d:%02d:%02d",
+            step,
+            config.steps,
+            scalars["loss"],
+            scalars["in_batch_top1"],
+            scalars["temperature"],
+            scalars["pairs_per_second"],
+            scalars["tokens_per_second"],
+            *(eta // 3600, eta % 3600 // 60, eta % 60),
+        )
+        self._writer.write_texts(step, {"batch_digest": self.batch_digest})
+        self._writer.write_scalars(step, scalars)
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leaves out of pairs/s what came before: compilation, evaluations, checkpoints."""
+        self._since = time.monotonic()
+
+
+def evaluate(setup: Setup, pairs: query_key.Pairs, params: Any, step: int, writer: metric_writers.MetricWriter) -> None:
+    """The query-key test of the held-out pairs, to the log, TensorBoard and metrics.jsonl."""
+    scores = query_key.evaluate(setup.run.encode, params, pairs, setup.config.eval.batch_size)["mean"]
+    logging.info("step %d  query-key %s", step, "  ".join(f"{name} {100 * value:.1f}" for name, value in scores.items()))
+    writer.write_scalars(step, {f"query_key/{name}": value for name, value in scores.items()})
+
+
+def save(setup: Setup, checkpoints: checkpoint.Checkpoints, state: step_lib.TrainState, step: int, digest: str) -> None:
+    """Starts a checkpoint and prints the digests by which two runs can be compared."""
+    meta = {"config": json.loads(cli.to_json(setup.config)), "data": setup.manifest["content_hash"]}
+    with jax.transfer_guard("allow"):
+        checkpoints.save(step, state.params, state.opt_state, meta)
+        parameters = metrics.parameters_digest(state.params, sharding.fetch(setup.run.mesh))
+    logging.info("step %d  parameters digest: %s  batch digest: %s", step, parameters, digest)
+
+
+def loop(setup: Setup, stop_at: int) -> int:
+    """Trains until `stop_at`, the end, or SIGTERM; returns the step reached.
+
+    The order of one turn is fixed: evaluate, save, next batch, step, write. A state is saved before the data advances, so
+    a checkpoint of step k and the batch of step k belong together.
+    """
+    config, run = setup.config, setup.run
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(contextlib.closing(checkpoint.Checkpoints(setup.workdir, config.keep)))
+        preemption = processes.Preemption()
+        state = restore_or_init(run, checkpoints)
+        first = step = int(jax.device_get(state.step))
+        lead = jax.process_index() == 0
+        writer = stack.enter_context(contextlib.closing(metrics.make_writer(setup.workdir, first, lead)))
+        reporter = Reporter(setup, first, writer)
+        rows = sharding.rows_of_process(config.data.batch_size, run.mesh)
+        batches = pipeline.batches(setup.windows, config.data, config.seed, rows, start=first)
+        stack.enter_context(jax.transfer_guard("disallow"))  # a silent copy between host and device is an error
+        while True:
+            end = preemption.reached(step) or step >= min(config.steps, stop_at)
+            if setup.pairs and (step % config.eval_every == 0 or step == config.steps):
+                evaluate(setup, setup.pairs, state.params, step, writer)
+                reporter.restart_clock()
+            if end or (step > first and config.checkpoint_every and step % config.checkpoint_every == 0):
+                reporter.flush()
+                save(setup, checkpoints, state, step, reporter.batch_digest)
+                reporter.restart_clock()
+            if end:
+                return step
+            batch = sharding.to_global(next(batches), rows, config.data.batch_size, run.mesh)
+            state, values, z = run.train_step(state, batch)
+            step += 1
+            reporter.add(step, values)
+            if step == first + 1:
+                jax.block_until_ready(values)
+                logging.info("first step done, compilation included")
+                reporter.restart_clock()
+            if step % config.log_every == 0 or step == config.steps:
+                reporter.flush(z)
+
+
+def main(argv: list[str]) -> None:
+    """The command."""
+    del argv
+    with cli.user_errors():
+        processes.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, CLUSTER.value)
+        setup = set_up(CONFIG.value, epath.Path(WORKDIR.value))
+    logging.info("%d devices in %d processes, mesh %s", jax.device_count(), jax.process_count(), dict(setup.run.mesh.shape))
+    logging.info("parameters\n%s", parameter_overview.get_parameter_overview(setup.run.shapes.params, include_stats=False))
+    logging.info("metrics: %s/metrics.jsonl; curves: tensorboard --logdir=%s", setup.workdir, setup.workdir)
+    stop_at = setup.config.steps if STOP_AT_STEP.value is None else STOP_AT_STEP.value
+    step = loop(setup, stop_at)
+    logging.info("ended at step %d of %d; checkpoints: %s/checkpoints", step, setup.config.steps, setup.workdir)
+
+
+if __name__ == "__main__":
+    cli.run(main)

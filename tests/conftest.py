@@ -1,0 +1,76 @@
+"""Eight CPU devices for every test, and a small prepared dataset written without Beam."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+# The programs of the tests are small: compiling them well costs more than running them.
+XLA_FLAGS = "--xla_force_host_platform_device_count={} --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = XLA_FLAGS.format(8)
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from array_record.python import array_record_module
+from ml_collections import ConfigDict
+
+ROOT = pathlib.Path(__file__).parent.parent
+RESERVED = {"pad": 0, "bos": 1, "eos": 2, "mask": 3, "x_open": 4, "x_close": 5, "y_open": 6, "y_close": 7}
+VOCAB = 320
+
+
+def write_dataset(root: pathlib.Path, sizes: dict[str, list[int]], seed: int = 0) -> pathlib.Path:
+    """A prepared dataset with windows of these sizes per split; token t of window w is a function of w and t.
+
+    Windows 2i and 2i + 1 are of one document; domains "a" and "b" take turns by document.
+    """
+    rng = np.random.default_rng(seed)
+    folder = root / "pile" / "1.0.0"
+    folder.mkdir(parents=True)
+    for split, lengths in sizes.items():
+        shards = [lengths[: len(lengths) // 2], lengths[len(lengths) // 2 :]]
+        for number, shard in enumerate(shards):
+            path = folder / f"pile-{split}.array_record-{number:05d}-of-00002"
+            writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+            for length in shard:
+                # A topic a window: neighbouring spans share rare tokens, so that there is something to learn.
+                topic = rng.integers(8, VOCAB, size=12)
+                tokens = np.where(rng.random(length) < 0.5, rng.choice(topic, length), rng.integers(8, VOCAB, length))
+                feature = {"tokens": tf.train.Feature(int64_list=tf.train.Int64List(value=tokens))}
+                writer.write(tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString())
+            writer.close()
+        document = np.arange(len(lengths), dtype=np.int32) // 2
+        np.savez(
+            root / f"index-{split}.npz",
+            length=np.array(lengths, np.int32),
+            document=document,
+            domain=document % 2,
+            domains=np.array(["a", "b"]),
+        )
+    manifest = {"format": 1, "window": 96, "vocab_size": VOCAB, "reserved": RESERVED, "content_hash": f"test{seed}"}
+    (root / "manifest.json").write_text(json.dumps(manifest | {"splits": {split: {} for split in sizes}}))
+    return root
+
+
+def shrink(config: ConfigDict, dataset: pathlib.Path) -> ConfigDict:
+    """A shipped recipe, small enough for a test: its choices stay, its sizes go."""
+    layers = min(config.model.num_layers, 2)
+    eight = dict(num_layers=layers, d_model=16, num_heads=4, num_kv_heads=4, head_dim=4, d_ff=32)
+    config.model.update(eight)
+    config.data.update(dir=str(dataset), batch_size=16, length=24, min_span=6, max_span=20, max_gap=min(config.data.max_gap, 3))
+    config.eval.update(pairs=40, span=10, batch_size=24)
+    config.mesh.update(data=-1, fsdp=1, tensor=1)
+    config.optim.warmup_steps = 1
+    config.update(steps=4, log_every=1, eval_every=0, checkpoint_every=0)
+    return config
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """150 training windows of 5 to 96 tokens, 60 held-out windows of 40 to 96."""
+    rng = np.random.default_rng(1)
+    sizes = {"train": rng.integers(5, 97, 150).tolist(), "validation": rng.integers(40, 97, 60).tolist()}
+    return write_dataset(tmp_path_factory.mktemp("prepared"), sizes)

@@ -1,0 +1,303 @@
+"""The command prepare: what it writes, what it refuses, and that the same input gives the same dataset."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from contrastive_jax import prepare
+from contrastive_jax.data import pile, tokenizer
+from contrastive_jax.data.sources import DataError
+from contrastive_jax.prepare import Arguments
+
+ROOT = pathlib.Path(__file__).parent.parent
+WORDS = pathlib.Path(prepare.__file__).read_text().split(" ")
+pytestmark = [
+    # Beam and TFDS close sockets and files when they are collected.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"),
+    # TFDS 4.9.10 asks protobuf for a label where protobuf 6 has is_repeated.
+    pytest.mark.filterwarnings(r"ignore:label\(\) is deprecated:DeprecationWarning"),
+]
+
+
+def text(number: int) -> str:
+    rng = random.Random(number)
+    return f"document {number}\n" + " ".join(rng.choices(WORDS, k=rng.randrange(20, 120)))
+
+
+def write_shard(path: pathlib.Path, numbers: list[int], extra: bytes = b"") -> None:
+    records = [{"text": text(n), "meta": {"pile_set_name": "ABC"[n % 3]}} for n in numbers]
+    path.write_bytes(b"".join(json.dumps(record).encode() + b"\n" for record in records) + extra)
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Three training shards and a held-out one; document 5 is in all training shards, 7 is also held out."""
+    folder = tmp_path_factory.mktemp("raw")
+    for shard in range(3):
+        write_shard(folder / f"train-{shard}.jsonl", [5, *range(20 * shard, 20 * shard + 20)])
+    write_shard(folder / "val.jsonl", [*range(60, 75), 7])
+    return folder
+
+
+def arguments(raw: pathlib.Path, **changes: Any) -> Arguments:
+    given: dict[str, Any] = {
+        "input": (f"{raw}/train-*.jsonl",),
+        "validation": (f"{raw}/val.jsonl",),
+        "vocab_size": 500,
+        "window": 48,
+    }
+    return Arguments(**given | changes)
+
+
+@pytest.fixture(scope="module")
+def prepared(raw: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    output = tmp_path_factory.mktemp("out") / "data"
+    prepare.prepare(arguments(raw), str(output), cores=1)
+    return output
+
+
+def manifest(output: pathlib.Path) -> dict:
+    return json.loads((output / "manifest.json").read_text())
+
+
+def records(output: pathlib.Path, split: str) -> list[dict]:
+    rows = tfds.builder_from_directory(output / "pile" / "1.0.0").as_data_source(split)
+    return [row | {name: row[name].decode() for name in ("document", "domain")} for row in rows]
+
+
+def command(*flags: str) -> list[str]:
+    return [sys.executable, "-m", "contrastive_jax.prepare", *flags]
+
+
+def run(*flags: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*flags), cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_documents_come_back_whole(prepared: pathlib.Path) -> None:
+    tokens = tokenizer.load(prepared)
+    windows: dict[str, dict[int, list[int]]] = {}
+    for split in ("train", "validation"):
+        for record in records(prepared, split):
+            assert 0 < len(record["tokens"]) <= 48
+            windows.setdefault(record["document"], {})[int(record["position"])] = record["tokens"].tolist()
+    found = set()
+    for parts in windows.values():
+        assert sorted(parts) == list(range(0, 48 * len(parts), 48))
+        found.add(tokens.decode([i for _, part in sorted(parts.items()) for i in part]))
+    assert found == {text(n) for n in range(75)}
+
+
+def test_validation_text_leaves_train(prepared: pathlib.Path) -> None:
+    documents = {split: {record["document"] for record in records(prepared, split)} for split in ("train", "validation")}
+    assert not documents["train"] & documents["validation"]
+    assert (len(documents["train"]), len(documents["validation"])) == (59, 16)
+    duplicates = {path: 1 + ("train-0" in path) for path in manifest(prepared)["inputs"] if "train" in path}
+    assert manifest(prepared)["rejects"] == {"duplicate": duplicates}
+    assert manifest(prepared)["duplicates"] == 4
+    assert manifest(prepared)["rejects_by_domain"] == {"train": {"B": {"duplicate": 1}, "C": {"duplicate": 3}}}
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_index_and_manifest_say_what_the_data_source_gives(prepared: pathlib.Path, split: str) -> None:
+    rows = records(prepared, split)
+    index = np.load(prepared / f"index-{split}.npz")
+    assert index["length"].tolist() == [len(row["tokens"]) for row in rows]
+    assert [index["domains"][d] for d in index["domain"]] == [row["domain"] for row in rows]
+    numbers = {row["document"]: number for row, number in zip(rows, index["document"].tolist(), strict=True)}
+    assert index["document"].tolist() == [numbers[row["document"]] for row in rows]
+    assert sorted(numbers.values()) == list(range(len(numbers)))
+    assert {index[name].dtype.name for name in ("length", "document", "domain")} == {"int32"}
+
+    of = manifest(prepared)["splits"][split]
+    assert (of["documents"], of["windows"], of["tokens"]) == (len(numbers), len(rows), index["length"].sum())
+    for name, domain in of["domains"].items():
+        mine = [row for row in rows if row["domain"] == name]
+        assert domain["windows"] == len(mine)
+        assert domain["tokens"] == sum(len(row["tokens"]) for row in mine)
+    decoded = tokenizer.load(prepared).decode(np.concatenate([row["tokens"] for row in rows]))
+    assert of["bytes"] == len(decoded.encode())
+
+
+def test_manifest(prepared: pathlib.Path) -> None:
+    trained = tokenizer.load(prepared)
+    of = manifest(prepared)
+    assert (of["format"], of["window"], of["vocab_size"]) == (1, 48, 500)
+    assert (of["tokenizer_sha256"], of["reserved"]) == (trained.sha256, trained.reserved)
+    assert sorted(path.name for path in prepared.iterdir()) == [
+        "index-train.npz",
+        "index-validation.npz",
+        "manifest.json",
+        "pile",
+        "rejects.jsonl",
+        "tokenizer.model",
+    ]
+    assert [path.name for path in prepared.parent.iterdir()] == ["data"]
+
+
+def test_same_dataset_with_two_workers_from_the_command_line(
+    raw: pathlib.Path, prepared: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    flags = [f"--input={raw}/train-*.jsonl", f"--validation={raw}/val.jsonl", "--vocab_size=500", "--window=48"]
+    prepare.prepare(arguments(raw), str(tmp_path / "two"), cores=2)
+    assert manifest(tmp_path / "two") == manifest(prepared)
+    for split in ("train", "validation"):
+        one, two = (np.load(output / f"index-{split}.npz") for output in (prepared, tmp_path / "two"))
+        assert all((one[name] == two[name]).all() for name in one.files)
+
+    again = run(*flags, f"--output={prepared}")
+    assert (again.returncode, "already prepared" in again.stderr) == (0, True)
+    other = run(*flags, f"--output={prepared}", "--window=49")
+    assert other.returncode == 2
+    assert other.stderr.splitlines()[-1].endswith("--overwrite replaces it")
+
+
+def test_overwrite_replaces(raw: pathlib.Path, prepared: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    output = tmp_path / "data"
+    given = {"tokenizer": str(prepared), "validation": (), "validation_fraction": 0.3}
+    prepare.prepare(arguments(raw, **given), str(output), cores=1)
+    splits = manifest(output)["splits"]
+    assert splits["train"]["documents"] + splits["validation"]["documents"] == 60
+    assert 8 < splits["validation"]["documents"] < 30
+    assert manifest(output)["duplicates"] == 3
+    prepare.prepare(arguments(raw, **given, window=64), str(output), overwrite=True, cores=1)
+    assert manifest(output)["window"] == 64
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_bad_input_is_counted_or_stops(raw: pathlib.Path, prepared: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    bad = b'{"text": 1, "meta": {"pile_set_name": "A"}}\n{"text": "\xff"}\n{"text": " "}\n'
+    write_shard(tmp_path / "a.jsonl", [80, 81], bad + b"no json\n")
+    (tmp_path / "b.jsonl.zst").write_bytes(b"")
+    given = arguments(raw, input=(f"{raw}/train-*.jsonl", f"{tmp_path}/*"), tokenizer=str(prepared))
+    a, b = f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl.zst"
+    output = tmp_path / "out"
+
+    with pytest.raises(DataError, match=r"^\S+/a\.jsonl:3: text is not a string|^\S+/b\.jsonl\.zst:0: empty shard"):
+        prepare.prepare(given, str(output), cores=1)
+    with pytest.raises(DataError, match=r"^\S+/a\.jsonl:3: text is not a string"):  # seen by the tokenizer's sample
+        prepare.prepare(given._replace(tokenizer=""), str(output), cores=1)
+    assert not output.exists() and not list(tmp_path.glob("out*"))
+
+    prepare.prepare(given._replace(on_bad="skip"), str(output), cores=1)
+    rejects = manifest(output)["rejects"]
+    del rejects["duplicate"]
+    reasons = ["text is not a string", "invalid UTF-8", "empty text", "not JSON"]
+    assert rejects == {reason: {a: 1} for reason in reasons} | {"empty shard": {b: 1}}
+    assert manifest(output)["rejects_by_domain"]["train"]["A"] == {"text is not a string": 1}
+    named = [json.loads(line)[2] for line in (output / "rejects.jsonl").read_text().splitlines()]
+    assert named == [f"{a}:{line}: {reason}" for line, reason in enumerate(reasons, start=3)] + [f"{b}:0: empty shard"]
+    assert manifest(output)["splits"]["train"]["documents"] == 61
+
+
+def test_split_without_documents_is_refused(raw: pathlib.Path, prepared: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    given = arguments(raw, validation=(), validation_fraction=1e-9, tokenizer=str(prepared))
+    with pytest.raises(DataError, match="no document for the validation split"):
+        prepare.prepare(given, str(tmp_path / "out"), cores=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"input": ()}, "give one of --input, --tfds and --python, not none"),
+        ({"python": True}, "not input and python"),
+        ({"input": (), "tfds": "imdb"}, "--validation goes with --input"),
+        ({"input": ("/nowhere/*.zst",)}, r"--input=/nowhere/\*\.zst: no file matches"),
+        ({"validation_fraction": 1.0}, "--validation_fraction=1.0: must lie between 0 and 1"),
+        ({"window": 1}, "--window=1: must be at least 2"),
+        ({"tokenizer": "/nowhere"}, "/nowhere: no such file"),
+        ({"vocab_size": 100_000}, "--vocab_size=100000 does not fit the text"),
+        ({"input": (), "validation": (), "tfds": "nosuch"}, "--tfds=nosuch: "),
+    ],
+)
+def test_wrong_arguments(raw: pathlib.Path, tmp_path: pathlib.Path, changes: dict, message: str) -> None:
+    with pytest.raises(DataError, match=message) as error:
+        prepare.prepare(arguments(raw, **changes), str(tmp_path / "out"), cores=1)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_user_error_is_one_line_and_status_2(tmp_path: pathlib.Path) -> None:
+    result = run("--input=/nowhere/*.zst", f"--output={tmp_path}/out")
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1] == "error: --input=/nowhere/*.zst: no file matches"
+    assert "Traceback" not in result.stderr
+
+
+def test_killed_run_leaves_nothing_that_loads(raw: pathlib.Path, prepared: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    output = tmp_path / "out"
+    flags = [f"--input={raw}/*.jsonl", f"--tokenizer={prepared}", "--validation_fraction=0.2", f"--output={output}"]
+    process = subprocess.Popen(command(*flags), cwd=ROOT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("out.incomplete-*/pile")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not output.exists()
+    (left,) = tmp_path.iterdir()
+    assert not (left / "manifest.json").exists()
+    assert not (left / "pile" / "1.0.0").exists()
+
+
+def test_python_text_is_prepared(prepared: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("contrastive_jax.data.sources.PYTHON_BYTES", 2_000_000)
+    output = tmp_path / "out"
+    given = Arguments(python=True, tokenizer=str(prepared), validation_fraction=0.1)
+    prepare.prepare(given, str(output), cores=1)
+    splits = manifest(output)["splits"]
+    assert 1_800_000 < splits["train"]["bytes"] + splits["validation"]["bytes"] < 2_500_000
+    assert {"python standard library", "numpy"} <= set(splits["train"]["domains"])
+    assert manifest(output)["inputs"][0].startswith("Python 3.")
+
+
+TALES = {"train": range(30), "validation": range(30, 40), "test": range(40, 50)}
+
+
+class Tales(tfds.core.GeneratorBasedBuilder):
+    """A TFDS dataset with three splits; story n is text(n)."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    code_path = pathlib.Path(__file__)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = tfds.features.FeaturesDict({"story": tfds.features.Text(), "label": np.int64})
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
+        return {split: self._generate_examples(numbers) for split, numbers in TALES.items()}
+
+    def _generate_examples(self, numbers: range) -> Iterator[tuple[int, dict]]:
+        for number in numbers:
+            yield number, {"story": text(number), "label": number}
+
+
+def test_tfds_dataset_with_its_own_validation_split(prepared: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    given = Arguments(tfds="tales", tfds_data_dir=str(tmp_path / "tfds"), tokenizer=str(prepared), window=48)
+    prepare.prepare(given, str(tmp_path / "out"), cores=1)
+    tokens = tokenizer.load(prepared)
+    for split in ("train", "validation"):
+        numbers = TALES[split]
+        first = [row for row in records(tmp_path / "out", split) if row["position"] == 0]
+        assert sorted(tokens.decode(row["tokens"])[:11] for row in first) == sorted(text(n)[:11] for n in numbers)
+        assert {row["domain"] for row in first} == {"tales"}
+    with pytest.raises(DataError, match="choose --tfds_feature among its text features: story"):
+        prepare.prepare(given._replace(tfds_feature="label"), str(tmp_path / "other"), cores=1)
+
+
+def test_meters_add_up(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "progress").mkdir()
+    for stage in ("read", "read", "tokenized"):
+        meter = pile.Meter(os.fspath(tmp_path), stage)
+        assert meter.add("é") == 2
+        meter.write()
+    assert pile.read_meters(os.fspath(tmp_path)) == {"read": (2, 4), "tokenized": (1, 2)}

@@ -1,0 +1,272 @@
+"""The loop: every recipe runs, a run resumes bit for bit, and layouts of devices and processes change nothing."""
+
+import importlib
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from clu import metric_writers
+from conftest import ROOT, XLA_FLAGS, shrink
+from etils import epath
+from ml_collections import ConfigDict
+
+from configs import base
+from contrastive_jax import cli, metrics, train
+
+RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+VARIANTS = {"cpt_text": ["s"]}
+
+
+def recipe(name: str, *argument: str) -> ConfigDict:
+    return importlib.import_module(f"configs.{name}").get_config(*argument)
+
+
+def fit(config: ConfigDict, workdir: pathlib.Path, stop_at: int | None = None) -> list[dict]:
+    """Trains in this process; returns the lines of metrics.jsonl that have a loss."""
+    train.loop(train.set_up(config, epath.Path(workdir)), config.steps if stop_at is None else stop_at)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line]
+
+
+@pytest.mark.parametrize(("name", "argument"), [(name, arg) for name in RECIPES for arg in VARIANTS.get(name, [""])])
+def test_every_recipe_runs_a_shrunk_step(name: str, argument: str, dataset: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    config = shrink(recipe(name, *[argument] * bool(argument)), dataset)
+    config.steps = 3
+    lines = fit(config, tmp_path)
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert all(np.isfinite(line["loss"]) for line in lines)
+
+
+def test_every_key_is_read(dataset: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = shrink(base.get_config(), dataset)
+    config.update(eval_every=1, steps=2)
+    config.model.remat = "full"
+    leaves = {key for value in config.values() for key in (value if isinstance(value, ConfigDict) else ())} | set(config.keys())
+    seen, read = set(), ConfigDict.__getattr__
+
+    def record(node: ConfigDict, key: str) -> object:
+        seen.add(key)
+        return read(node, key)
+
+    monkeypatch.setattr(ConfigDict, "__getattr__", record)
+    fit(config, tmp_path)
+    assert not leaves - seen
+
+
+def test_resume_is_exact_with_dropout(dataset: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    config = shrink(recipe("debug"), dataset)
+    config.steps, config.model.dropout, config.checkpoint_every = 6, 0.3, 4
+    whole = fit(config, tmp_path / "whole")
+    fit(config, tmp_path / "parts", stop_at=3)
+    parts = fit(config, tmp_path / "parts")
+    keys = ("step", "loss", "batch_digest", "gradient_norm")
+    assert [[line[key] for key in keys] for line in whole] == [[line[key] for key in keys] for line in parts]
+    assert digest(config, tmp_path / "whole") == digest(config, tmp_path / "parts")
+    assert sorted(path.name for path in (tmp_path / "parts" / "checkpoints").iterdir()) == ["3", "4", "6"]
+
+
+def digest(config: ConfigDict, workdir: pathlib.Path) -> str:
+    setup = train.set_up(config, epath.Path(workdir))
+    state = train.restore_or_init(setup.run, train.checkpoint.Checkpoints(workdir))
+    return metrics.parameters_digest(state.params, jax.device_get)
+
+
+def test_checkpoint_restores_onto_another_mesh(dataset: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    config = shrink(recipe("debug"), dataset)
+    config.steps = 2
+    fit(config, tmp_path)
+    before = digest(config, tmp_path)
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 2, 2, 2
+    assert digest(config, tmp_path) == before
+
+
+def test_training_learns(dataset: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    config = shrink(recipe("debug"), dataset)
+    config.steps, config.log_every, config.data.batch_size = 60, 10, 64
+    config.optim.learning_rate, config.optim.warmup_steps = 5e-3, 5
+    lines = fit(config, tmp_path)
+    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
+    assert lines[-1]["in_batch_top1"] > lines[0]["in_batch_top1"]
+    expected = {
+        "alignment",
+        "uniformity",
+        "effective_rank",
+        "pairs_per_second",
+        "tokens_per_second",
+        "learning_rate",
+        "temperature",
+    }
+    assert expected <= lines[-1].keys()
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_nonfinite_loss_stops_and_names_the_step(dataset: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    config = shrink(recipe("debug"), dataset)
+    config.steps, config.log_every, config.checkpoint_every = 10, 5, 2
+    config.optim.learning_rate, config.optim.warmup_steps, config.optim.clip_norm = 1e38, 0, 0.0
+    with pytest.raises(FloatingPointError, match="not finite at step 2"):
+        fit(config, tmp_path)
+    assert not (tmp_path / "checkpoints" / "2").exists()
+
+
+def test_restart_rewrites_the_steps_it_repeats(tmp_path: pathlib.Path) -> None:
+    path = epath.Path(tmp_path / "metrics.jsonl")
+    for first, last in ((0, 5), (3, 4)):
+        writer = metric_writers.MultiWriter([metrics.JsonLinesWriter(path, first)])
+        for step in range(first + 1, last + 1):
+            writer.write_scalars(step, {"loss": 10.0 * first + step})
+        writer.close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 1), (2, 2), (3, 3), (4, 34)]
+
+
+def test_embedding_metrics() -> None:
+    collapsed = np.ones((8, 2, 4)) / 2
+    assert metrics.embedding_metrics(collapsed)["effective_rank"] == pytest.approx(1)
+    spread = np.stack([np.eye(8), np.roll(np.eye(8), 1, 0)], axis=1)
+    values = metrics.embedding_metrics(spread)
+    assert values["effective_rank"] == pytest.approx(8)
+    assert values["alignment"] == pytest.approx(2)
+    assert values["uniformity"] == pytest.approx(-4)
+
+
+# What follows starts real processes.
+
+
+def command(dataset: pathlib.Path, workdir: pathlib.Path, *more: str, module: str = "train") -> list[str]:
+    small = shrink(recipe("debug"), dataset)
+    default = recipe("debug")
+    changed = []
+    for key, value in small.items():
+        nested = isinstance(value, ConfigDict)
+        for name, leaf in value.items() if nested else [(key, value)]:
+            if leaf != (default[key][name] if nested else default[name]):
+                changed.append(f"--config.{key}.{name}={leaf}" if nested else f"--config.{name}={leaf}")
+    if module != "train":
+        changed = []
+    arguments = [*changed, *more]
+    arguments.sort(key=lambda argument: not argument.startswith("--config="))  # absl wants the file before its overrides
+    return [sys.executable, "-m", f"contrastive_jax.{module}", f"--workdir={workdir}", *arguments]
+
+
+def start(arguments: list[str], devices: int = 1) -> subprocess.Popen:
+    environment = os.environ | {"XLA_FLAGS": XLA_FLAGS.format(devices)}
+    return subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(*processes: subprocess.Popen, status: int = 0) -> list[str]:
+    outputs = []
+    for process in processes:
+        try:
+            outputs.append(process.communicate(timeout=240)[0])
+        finally:
+            process.kill()
+        assert process.returncode == status, outputs[-1][-3000:]
+    return outputs
+
+
+def peers(dataset: pathlib.Path, workdir: pathlib.Path, *more: str) -> list[subprocess.Popen]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    together = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2"]
+    return [start(command(dataset, workdir, *more, *together, f"--process_id={i}"), devices=4) for i in range(2)]
+
+
+def test_layouts_of_processes_and_devices_train_the_same(dataset: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    options = ["--config.steps=6", "--config.model.dropout=0.2", "--config.eval_every=6"]
+    finish(start(command(dataset, tmp_path / "1x8", *options, "--config.mesh.fsdp=2", "--config.mesh.tensor=2"), devices=8))
+    finish(*peers(dataset, tmp_path / "2x4", *options))
+    finish(start(command(dataset, tmp_path / "1x1", *options)))
+    runs = {}
+    for name in ("1x8", "2x4", "1x1"):
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        runs[name] = [line for line in lines if "loss" in line]
+        assert len(runs[name]) == 6
+        assert "query_key/top5" in lines[-1]
+    for name in ("1x8", "2x4"):
+        assert [line["batch_digest"] for line in runs[name]] == [line["batch_digest"] for line in runs["1x1"]]
+        np.testing.assert_allclose([line["loss"] for line in runs[name]], [line["loss"] for line in runs["1x1"]], rtol=1e-5)
+    # The same workdir goes on under another layout.
+    finish(start(command(dataset, tmp_path / "2x4", *options, "--config.steps=7"), devices=2))
+
+
+def test_sigterm_saves_and_ends_and_the_run_resumes(dataset: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    options = ["--config.steps=100000", "--config.checkpoint_every=0"]
+    for number, begin in enumerate((lambda w: [start(command(dataset, w, *options))], lambda w: peers(dataset, w, *options))):
+        workdir = tmp_path / str(number)
+        processes = begin(workdir)
+        wait_for(lambda w=workdir: (w / "metrics.jsonl").exists() and "loss" in (w / "metrics.jsonl").read_text())
+        processes[-1].send_signal(signal.SIGTERM)
+        outputs = finish(*processes)
+        reached = {
+            line.split("ended at step ")[1].split()[0] for text in outputs for line in text.splitlines() if "ended at" in line
+        }
+        assert len(reached) == 1  # all processes saved the same step
+        assert [path.name for path in (workdir / "checkpoints").iterdir()] == [*reached]
+
+
+def wait_for(condition: object, seconds: int = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.1)
+
+
+def test_processes_that_differ_refuse_to_start(dataset: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    together = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2"]
+    processes = [
+        start(command(dataset, tmp_path, *together, f"--process_id={i}", f"--config.seed={i}"), devices=4) for i in range(2)
+    ]
+    for output in finish(*processes, status=cli.USER_ERROR):
+        assert "error: the config of process 1 differs from that of process 0" in output
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--config.model.dropuot=0.1", "unknown key 'dropuot'; there are: attention_dropout, bias"),
+        ("--config.steps=many", "--config.steps=many"),
+        ("--config.steps=0", "config.steps=0: must be at least 1"),
+        ("--config=configs/absent.py", "absent.py"),
+        ("--config.data.dir=/absent", "config.data.dir=/absent: no manifest.json there"),
+        ("--config.eval.pairs=5000", "config.eval.pairs=5000: only 60 held-out windows"),
+        ("--num_processes=2", "give --coordinator, --num_processes and --process_id together"),
+        ("--stop=3", "Unknown command line flag 'stop'"),
+    ],
+)
+def test_user_errors_are_one_line_and_status_2(
+    argument: str, message: str, dataset: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    output = finish(start(command(dataset, tmp_path, "--config.eval_every=5", argument)), status=cli.USER_ERROR)[0]
+    last = output.strip().splitlines()[-1]
+    assert last.startswith("error: ") and message in last
+    assert "Traceback" not in output
+
+
+def test_evaluate_prints_and_writes_the_table(dataset: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    fit(shrink(recipe("debug"), dataset), tmp_path)
+    output = finish(start(command(dataset, tmp_path, "--tasks=query_key", module="evaluate")))[0]
+    for row in ("chance", "untrained", "step 4"):
+        assert row in output
+    results = json.loads((tmp_path / "query_key.json").read_text())
+    assert results["results"]["chance"]["mean"]["top5"] == pytest.approx(5 / 40)
+    assert results["protocol"]["pairs"] == 40
+    output = finish(start(command(dataset, tmp_path, "--tasks=query", module="evaluate")), status=cli.USER_ERROR)[0]
+    assert "--tasks=query: choose one of query_key" in output
+
+
+def test_flags_of_the_module_are_documented() -> None:
+    assert all(flags.FLAGS[name].help for name in ("workdir", "stop_at_step", "coordinator", "cluster"))
