@@ -45,15 +45,13 @@ def plain_loop(paths: list[str], config: ConfigDict, data: str) -> Iterator[np.n
                 tokens = codec.encode(json.loads(line)["text"])
                 for begin in range(0, len(tokens), window):
                     part = tokens[begin : begin + window]
-                    size = min(span, len(part) // 2)
-                    if size < config.min_span:
+                    if len(part) < 2 * span:
                         continue
-                    start = random.randrange(len(part) - 2 * size + 1)
+                    start = random.randrange(len(part) - 2 * span + 1)
                     for view in range(2):
-                        cut = part[start + view * size : start + (view + 1) * size]
-                        row = [opening[view], *cut, closing[view]]
-                        rows.append(row + [0] * (config.length - len(row)))
-                        masks.append([True] * len(row) + [False] * (config.length - len(row)))
+                        cut = part[start + view * span : start + (view + 1) * span]
+                        rows.append([opening[view], *cut, closing[view]])
+                        masks.append([True] * config.length)
                     if len(rows) == 2 * config.batch_size:
                         np.array(rows, np.int32)
                         yield np.array(masks)
@@ -77,7 +75,7 @@ def main(argv: list[str]) -> None:
     del argv
     config = base.get_config().data
     span = LENGTH.value - 2
-    config.update(batch_size=PAIRS.value, length=LENGTH.value, min_span=span // 2, max_span=span)
+    config.update(batch_size=PAIRS.value, length=LENGTH.value, min_span=span, max_span=span)
     windows = pipeline.open_split(DATA.value, "train")
     ours = measure((batch["mask"] for batch in pipeline.batches(windows, config, 0)), SECONDS.value)
     loop = measure(plain_loop(sorted(glob.glob(INPUT.value)), config, DATA.value), SECONDS.value)

@@ -1,7 +1,7 @@
 """Speed of the whole train step, beside the same model, batch and optimiser in PyTorch: a ratio in one run.
 
   pip install -e '.[benchmark]'
-  GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python benchmarks/train_step.py
+  GLIBC_TUNABLES=... python benchmarks/train_step.py       with the value that launch/local.sh sets
 
 Both train transformers' BertModel architecture (post-norm, learned positions, GELU, no dropout), mean-pooled, with a symmetric
 cross-entropy over the batch and AdamW, in float32, at the width, depth, vocabulary, batch and length of each recipe. The

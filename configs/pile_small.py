@@ -10,10 +10,10 @@ from configs import base
 
 def get_config() -> ConfigDict:
     config = base.get_config()
-    config.steps = 2000
+    config.steps = 3000
     config.log_every = 20
-    config.eval_every = 500
-    config.checkpoint_every = 500
+    config.eval_every = 1000
+    config.checkpoint_every = 1000
 
     config.data.batch_size = 2048
     config.data.length = 64

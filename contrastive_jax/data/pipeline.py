@@ -266,5 +266,7 @@ def batches(
             "doc": tf.gather(documents, record),
         }
 
-    dataset = tf.data.Dataset.range(start, np.iinfo(np.int64).max).map(make_batch, num_parallel_calls=2, deterministic=True)
+    dataset = tf.data.Dataset.range(start, np.iinfo(np.int64).max).map(
+        make_batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
+    )
     return iter(dataset.prefetch(2).as_numpy_iterator())
