@@ -1,6 +1,10 @@
-"""The honest floor: a bag of trainable token embeddings, mean-pooled, with no layers. What a Transformer has to beat.
+"""What learns most in 30 minutes on 2 cores: a bag of token embeddings, a large batch, dropout.
 
-python -m contrastive_jax.train --config=configs/bag.py --workdir=runs/bag --config.data.dir=DIR
+python -m contrastive_jax.train --config=configs/pile_small.py --workdir=runs/pile_small --config.data.dir=DIR
+
+No layers: at equal time on a CPU, none of the attention blocks tried has yet beaten the bag (a block costs as much as
+twenty bags), while dropout and a batch of 2,048 help it a great deal. With the GLIBC_TUNABLES of launch/local.sh a step
+takes 0.6 s on 2 cores.
 """
 
 from ml_collections import ConfigDict
@@ -11,7 +15,7 @@ from configs import base
 def get_config() -> ConfigDict:
     config = base.get_config()
     config.steps = 3000
-    config.log_every = 20
+    config.log_every = 50
     config.eval_every = 1000
     config.checkpoint_every = 1000
 

@@ -29,12 +29,15 @@ def fail(message: str) -> None:
     sys.exit(USER_ERROR)
 
 
-def define_config(default: str) -> flags.FlagHolder:
+def define_config() -> flags.FlagHolder:
     """The flag --config=FILE.py[:ARG]; any value in it is overridden by --config.key=value."""
-    # Not given to absl as the flag's default: it would parse the overrides right here, at import, where no error can be caught.
-    if not any(argument.startswith("--config=") for argument in sys.argv):
-        sys.argv.insert(1, f"--config={default}")
     return config_flags.DEFINE_config_file("config", None, "The recipe, FILE.py or FILE.py:ARG.", lock_config=True)
+
+
+def arrange(argv: list[str], config: str) -> list[str]:
+    """Puts --config=FILE, by default `config`, before its overrides: absl wants it so."""
+    given = [argument for argument in argv if argument.startswith("--config=")] or [f"--config={config}"]
+    return [argv[0], *given, *(argument for argument in argv[1:] if argument not in given)]
 
 
 def unknown_key(argv: list[str]) -> str | None:
@@ -72,9 +75,15 @@ def parse(argv: list[str]) -> list[str]:
     return rest
 
 
-def run(main: Callable[[list[str]], None]) -> None:
-    """Runs a command: parses its flags, refuses what it does not know, logs at level INFO."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+def run(main: Callable[[list[str]], None], config: str | None = None) -> None:
+    """Runs a command: parses its flags, refuses what it does not know, logs at level INFO.
+
+    Args:
+      main: takes what is left of the command line.
+      config: for a command with `define_config`: the recipe where none is given.
+    """
+    if config:
+        sys.argv[:] = arrange(sys.argv, config)
     logging.set_verbosity(logging.INFO)
     # Libraries speak up from WARNING on only: Orbax alone would drown the progress lines.
     ours = os.path.dirname(__file__)

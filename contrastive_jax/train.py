@@ -22,7 +22,7 @@ from contrastive_jax import step as step_lib
 from contrastive_jax.data import pipeline
 from contrastive_jax.evals import query_key
 
-CONFIG = cli.define_config("configs/debug.py")
+CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, metrics and results; local or gs://.", required=True)
 STOP_AT_STEP = flags.DEFINE_integer("stop_at_step", None, "Save and end at this step, as a preemption would.", lower_bound=0)
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.")
@@ -219,4 +219,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, config="configs/debug.py")

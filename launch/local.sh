@@ -34,6 +34,7 @@ extra=""
 if command -v nvidia-smi > /dev/null && nvidia-smi -L 2> /dev/null | grep -q GPU; then
   extra="cuda"
 fi
+# shellcheck source=launch/setup.sh
 source launch/setup.sh "$extra"
 
 if [[ -z "$data" && ! -e data/python/manifest.json ]]; then

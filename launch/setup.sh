@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced with the extras to install ("", "cuda", "test" ...): makes the virtual environment and enters it.
 # An environment made from the same setup.cfg with the same extras is reused as it is.
 venv="${VENV:-.venv}"

@@ -3,6 +3,7 @@
 # PYTHON chooses the interpreter, VENV the virtual environment (.venv).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=launch/setup.sh
 source launch/setup.sh test
 ruff format --check .
 ruff check .

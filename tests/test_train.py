@@ -153,9 +153,7 @@ def command(dataset: pathlib.Path, workdir: pathlib.Path, *more: str, module: st
                 changed.append(f"--config.{key}.{name}={leaf}" if nested else f"--config.{name}={leaf}")
     if module != "train":
         changed = []
-    arguments = [*changed, *more]
-    arguments.sort(key=lambda argument: not argument.startswith("--config="))  # absl wants the file before its overrides
-    return [sys.executable, "-m", f"contrastive_jax.{module}", f"--workdir={workdir}", *arguments]
+    return [sys.executable, "-m", f"contrastive_jax.{module}", f"--workdir={workdir}", *changed, *more]
 
 
 def start(arguments: list[str], devices: int = 1) -> subprocess.Popen:

@@ -17,6 +17,9 @@ from ml_collections import ConfigDict
 
 from contrastive_jax.data import spans
 
+# TensorFlow only reads data here; it must not take the accelerator's memory.
+tf.config.set_visible_devices([], "GPU")
+
 # Positions are dealt out to domains in blocks of this many: a domain's share is exact to 1 / BLOCK.
 BLOCK = 65536
 
