@@ -9,31 +9,17 @@ takes 0.6 s on 2 cores.
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import bag
 
 
 def get_config() -> ConfigDict:
-    config = base.get_config()
+    config = bag.get_config()
     config.steps = 3000
     config.log_every = 50
     config.eval_every = 1000
     config.checkpoint_every = 1000
-
     config.data.batch_size = 2048
-    config.data.length = 64
-    config.data.min_span = config.data.max_span = 64
-    config.data.delimiters = False
-    config.eval.span = 64
-
-    config.model.num_layers = 0
-    config.model.d_model = 512
-    config.model.position = "none"
-    config.model.final_norm = False
     # A bag this wide knows its training windows by heart; dropout of the embeddings is what keeps it general.
     config.model.dropout = 0.2
-
-    config.optim.learning_rate = 5e-3
-    config.optim.b2 = 0.999
-    config.optim.clip_norm = 0.0
     config.optim.warmup_steps = 100
     return config
