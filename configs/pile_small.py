@@ -4,7 +4,8 @@ python -m contrastive_jax.train --config=configs/pile_small.py --workdir=runs/pi
 
 No layers: at equal time on a CPU, none of the attention blocks tried has yet beaten the bag (a block costs as much as
 twenty bags), while dropout and a batch of 2,048 help it a great deal. With the GLIBC_TUNABLES of launch/local.sh a step
-takes 0.6 s on 2 cores.
+takes 0.6 s on 2 cores. On 38 million tokens of Pile-format text, query-key top-5 / top-1: 86.8 / 65.5 after 1,000 of 2,200
+steps, 87.8 / 66.6 at their end (24 minutes); TF-IDF has 70.2 / 49.2.
 """
 
 from ml_collections import ConfigDict

@@ -60,7 +60,9 @@ def evaluate_query_key(workdir: epath.Path) -> None:
         config.eval.pairs = PAIRS.value or config.eval.pairs
         config.eval.span = SPAN.value or config.eval.span
         manifest = pipeline.load_manifest(config.data.dir)
-        run = build_lib.build(config, sharding.make_mesh(config.mesh), manifest["vocab_size"])
+        # The mesh of the training may not fit the devices that are here.
+        mesh = sharding.make_mesh(ConfigDict({"data": -1, "fsdp": 1, "tensor": 1}))
+        run = build_lib.build(config, mesh, manifest["vocab_size"])
         pairs = query_key.make_pairs(pipeline.open_split(config.data.dir, "validation"), config.eval, config.data)
         step, params = restore(workdir, run, STEP.value)
     rows = {"chance": query_key.chance(len(pairs.spans))}
