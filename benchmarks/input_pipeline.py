@@ -3,8 +3,8 @@
   python -m contrastive_jax.prepare --input=GLOB --output=DIR       prints its own MB/s
   python benchmarks/input_pipeline.py --data=DIR --input=GLOB
 
-Both make batches of 4,096 pairs of spans, 128 tokens a row. The loop reads a shard line by line, tokenises the document,
-cuts it into windows, picks two spans of each by the same rule, delimits, pads and stacks them.
+Both make batches of 4,096 pairs of spans, 128 tokens a row with delimiters. The loop reads a shard line by line, tokenises
+the document, cuts it into windows, picks two adjacent spans of each at a random place, delimits and stacks them.
 """
 
 import glob
