@@ -60,6 +60,7 @@ def ours(shape: Shape, tokens: np.ndarray) -> Callable[[], None]:
     run = build.build(config, mesh, shape.vocab)
     rows = np.arange(shape.pairs)
     host = {"tokens": tokens, "mask": np.ones(tokens.shape, bool), "doc": rows.astype(np.int32)}
+    host["text"] = np.arange(2 * shape.pairs, dtype=np.int32).reshape(-1, 2)
     state = run.init()
 
     def step() -> None:

@@ -1,6 +1,9 @@
 """The honest floor: a bag of trainable token embeddings, mean-pooled, with no layers. What a Transformer has to beat.
 
 python -m contrastive_jax.train --config=configs/bag.py --workdir=runs/bag --config.data.dir=DIR
+
+The 12,000 steps take 32 minutes on 2 cores that do some other work. On 38 million tokens of Pile-format text, query-key top-5 /
+top-1: 85.1 / 62.3 after 2,000 steps, 86.3 / 65.5 after 8,000, 85.3 / 65.5 at the end.
 """
 
 from ml_collections import ConfigDict

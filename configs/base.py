@@ -5,6 +5,7 @@ Sizes are in tokens, steps or pairs; there are no other units.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def get_config() -> ConfigDict:
@@ -22,6 +23,11 @@ def get_config() -> ConfigDict:
     # A checkpoint every so many steps (0: only at the end), of which the newest `keep` stay.
     config.checkpoint_every = 500
     config.keep = 3
+
+    # Pairs whose activations are held at once (gradient caching: the same loss and gradient, a forward pass more), or the
+    # tokens of their rows. 0 and 0: the whole batch.
+    config.micro_batch = 0
+    config.micro_batch_tokens = 0
 
     config.data = ConfigDict()
     # A folder made by `python -m contrastive_jax.prepare`.
@@ -89,15 +95,40 @@ def get_config() -> ConfigDict:
     config.model.dtype = "float32"
 
     config.objective = ConfigDict()
-    # "infonce": symmetric, negatives from the whole global batch.
+    # "infonce", "flatnce", "dcl" or "siglip".
     config.objective.name = "infonce"
+    # Where negatives come from: each device's own rows ("local"), or all rows, "gathered" at once or travelling in a "ring".
+    # The last two are equal; a ring needs memory for one device's rows only, and transfers while it computes.
+    config.objective.where = "gathered"
+    # Rows and columns of a tile of the score matrix, which is never stored whole.
+    config.objective.block = 4096
+    # Type of the embeddings in the products and on their way; "bfloat16" halves the traffic. Sums are float32 either way.
+    config.objective.dtype = "float32"
+    # Positives look for their anchor too, not only anchors for their positive (siglip has every pair already).
+    config.objective.symmetric = True
     # Temperature of the logits: its start, the range it is held in, and whether it is trained.
     config.objective.temperature = 0.05
     config.objective.temperature_min = 0.01
     config.objective.temperature_max = 1.0
     config.objective.temperature_trainable = True
+    # Start of siglip's trainable bias.
+    config.objective.bias = -10.0
+    # Share of the target spread over all keys; infonce only.
+    config.objective.label_smoothing = 0.0
+    # The last so many views of a row are its hard negatives, the others after the anchor its positives.
+    config.objective.hard_negatives = 0
+    # Train prefixes of the embedding, as (size, weight) pairs (Matryoshka); the loss is their weighted mean. Empty: the whole.
+    config.objective.matryoshka = ()
     # Spans of one document are not each other's negatives.
     config.objective.mask_same_document = True
+    # Rows that share a text are not each other's negatives, and of rows that are equal only the first counts.
+    config.objective.mask_duplicates = True
+    # Pairs more similar than the positive by this margin are no negatives (None: they are).
+    config.objective.mask_margin = placeholder(float)
+    # Batches of keys in the queue of a momentum encoder (MoCo); 0: no queue, negatives from the batch.
+    config.objective.queue = 0
+    # The momentum encoder keeps this share of itself a step.
+    config.objective.momentum = 0.999
 
     config.optim = ConfigDict()
     # AdamW.

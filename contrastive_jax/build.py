@@ -1,5 +1,6 @@
 """One builder: from a config and a mesh to the jitted functions of a run, for the loop, the evaluations and the tests."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,10 +11,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from contrastive_jax import optim, sharding
+from contrastive_jax import grad_cache, optim, sharding
 from contrastive_jax import step as step_lib
+from contrastive_jax.data import spans
 from contrastive_jax.models import encoder as encoder_lib
 from contrastive_jax.objectives import pairs
+from contrastive_jax.objectives import queue as queue_lib
 
 
 class Run(NamedTuple):
@@ -48,7 +51,10 @@ def build(config: ConfigDict, mesh: Mesh, vocab_size: int) -> Run:
       ValueError: the config has a value that cannot be; the message names the key.
     """
     encoder = encoder_lib.make(config.model, padded_vocab(vocab_size), config.data.length)
-    objective = pairs.make(config.objective, sharding.gather(mesh))
+    views, dim = spans.make(config.data).views, config.model.embedding_dim or config.model.d_model
+    axes = sharding.BATCH[0]
+    objective = pairs.make(config.objective, views, dim, mesh, axes)
+    queue_lib.check(config.objective, views)
 
     def init_params() -> Any:
         root = jax.random.key(config.seed)
@@ -56,17 +62,31 @@ def build(config: ConfigDict, mesh: Mesh, vocab_size: int) -> Run:
         return {"encoder": encoder.init(key), "objective": objective.init(key)}
 
     params = jax.eval_shape(init_params)
-    axes = {"encoder": encoder.axes, "objective": jax.tree.map(lambda x: (None,) * x.ndim, params["objective"])}
+    names = {"encoder": encoder.axes, "objective": jax.tree.map(lambda x: (None,) * x.ndim, params["objective"])}
     optimizer = optim.make(config.optim, config.steps, params)
+    functions = step_lib.Functions(make_encode_batch(encoder.apply, config, mesh), objective.loss, objective.project)
+    if config.objective.queue:
+        functions = functions._replace(
+            queue=step_lib.QueueFunctions(
+                init=lambda encoder: queue_lib.init(config.objective, encoder, config.data.batch_size, dim),
+                push=queue_lib.push,
+                keys=functools.partial(queue_lib.keys, config.objective),
+                follow=functools.partial(queue_lib.follow, config.objective),
+            )
+        )
 
     def init() -> step_lib.TrainState:
         fresh = init_params()
-        return step_lib.TrainState(jnp.int32(0), fresh, optimizer.init(fresh))
+        past = functions.queue.init(fresh["encoder"]) if functions.queue else ()
+        return step_lib.TrainState(jnp.int32(0), fresh, optimizer.init(fresh), past)
 
-    placement = state_shardings(jax.eval_shape(init), sharding.tree_shardings(axes, params, mesh), mesh)
+    rows: Any = NamedSharding(mesh, sharding.BATCH)
+    placed = sharding.tree_shardings(names, params, mesh)
+    placement = state_shardings(jax.eval_shape(init), placed, mesh)
+    if functions.queue:
+        placement = placement._replace(queue=queue_lib.Queue(placed["encoder"], rows, rows, rows))
     shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), jax.eval_shape(init), placement)
-    step = step_lib.make_train_step(encoder.apply, objective.loss, objective.project, optimizer, jax.random.key(config.seed))
-    rows = NamedSharding(mesh, sharding.BATCH)
+    step = step_lib.make_train_step(functions, optimizer, jax.random.key(config.seed))
     return Run(
         mesh=mesh,
         shapes=shapes,
@@ -75,6 +95,41 @@ def build(config: ConfigDict, mesh: Mesh, vocab_size: int) -> Run:
         encode=make_encode(encoder.apply, mesh),
         schedule=optim.schedule(config.optim, config.steps),
     )
+
+
+def micro_batch(config: ConfigDict, mesh: Mesh) -> int:
+    """Pairs of a micro-batch over all devices, by count or by the tokens of its rows; 0: the whole batch at once.
+
+    Raises:
+      ValueError: both are given, or it does not spread over the devices.
+    """
+    pairs_, tokens = config.micro_batch, config.micro_batch_tokens
+    if pairs_ < 0 or tokens < 0 or (pairs_ and tokens):
+        raise ValueError(f"config.micro_batch={pairs_}, config.micro_batch_tokens={tokens}: not negative, and one of them 0")
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if pairs_ % shards:
+        raise ValueError(f"config.micro_batch={pairs_} must be a multiple of mesh.data × mesh.fsdp = {shards}")
+    if not tokens:
+        return pairs_
+    least = shards * spans.make(config.data).views * config.data.length
+    if tokens < least:
+        raise ValueError(f"config.micro_batch_tokens={tokens}: a pair on each of {shards} shards has {least}; raise it")
+    return tokens // least * shards
+
+
+def make_encode_batch(apply: Callable, config: ConfigDict, mesh: Mesh) -> Callable:
+    """The encoder of a step: all at once, or in micro-batches."""
+    size = micro_batch(config, mesh)
+
+    def encode(params: Any, batch: step_lib.Batch, key: jax.Array) -> jax.Array:
+        def rows(params: Any, arrays: step_lib.Batch) -> jax.Array:
+            b, v, _ = arrays["tokens"].shape
+            tokens, mask, row = (arrays[name].reshape(b * v, *arrays[name].shape[2:]) for name in ("tokens", "mask", "row"))
+            return apply(params, tokens, mask, key, row).reshape(b, v, -1)
+
+        return (grad_cache.cached(rows, size, mesh, sharding.BATCH[0]) if size else rows)(params, batch)
+
+    return encode
 
 
 def state_shardings(shapes: step_lib.TrainState, params: Any, mesh: Mesh) -> step_lib.TrainState:
@@ -104,3 +159,11 @@ def make_encode(apply: Callable, mesh: Mesh) -> Callable[[Any, np.ndarray, np.nd
         return jax.device_get(z.addressable_data(0))[:n]
 
     return encode
+
+
+def batch_shapes(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The batch of a step as jax.ShapeDtypeStruct with shardings: what the step is compiled for ahead of time."""
+    b, v, length = config.data.batch_size, spans.make(config.data).views, config.data.length
+    shapes = {"tokens": ((b, v, length), jnp.int32), "mask": ((b, v, length), jnp.bool_), "doc": ((b,), jnp.int32)}
+    rows = NamedSharding(mesh, sharding.BATCH)
+    return {name: jax.ShapeDtypeStruct(*kind, sharding=rows) for name, kind in (shapes | {"text": ((b, v), jnp.int32)}).items()}

@@ -9,7 +9,8 @@ from etils import epath
 class Checkpoints:
     """The checkpoints of one run, `workdir/checkpoints/STEP`.
 
-    Three items a step: `params`, `opt_state` (so that an evaluation reads only the parameters) and `meta`, a small dict.
+    The items of a step: `params`, `opt_state`, `queue` (of a momentum encoder, where there is one), each alone so that an
+    evaluation reads only the parameters; and `meta`, a small dict.
     """
 
     def __init__(self, workdir: epath.PathLike, keep: int = 3, read_only: bool = False):
@@ -23,6 +24,7 @@ class Checkpoints:
             item_handlers={
                 "params": ocp.StandardCheckpointHandler(),
                 "opt_state": ocp.StandardCheckpointHandler(),
+                "queue": ocp.StandardCheckpointHandler(),
                 "meta": ocp.JsonCheckpointHandler(),
             },
         )
@@ -35,19 +37,15 @@ class Checkpoints:
         """The steps saved, ascending."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, params: Any, opt_state: Any, meta: dict) -> None:
-        """Starts to save; returns once the arrays are copied off the devices. A step already saved is left alone."""
+    def save(self, step: int, meta: dict, **items: Any) -> None:
+        """Starts to save items by name; returns once they are copied off the devices. A step already saved is left alone."""
         if step == self.latest():
             return
-        args = ocp.args.Composite(
-            params=ocp.args.StandardSave(params),
-            opt_state=ocp.args.StandardSave(opt_state),
-            meta=ocp.args.JsonSave(meta),
-        )
-        self._manager.save(step, args=args)
+        args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        self._manager.save(step, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta)))
 
     def restore(self, step: int, **shapes: Any) -> dict[str, Any]:
-        """Restores items by name ("params", "opt_state") into trees of jax.ShapeDtypeStruct with shardings.
+        """Restores items by name into trees of jax.ShapeDtypeStruct with shardings.
 
         Raises:
           ValueError: the checkpoint's tree or shapes are not these.

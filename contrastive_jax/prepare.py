@@ -33,10 +33,9 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from etils import epath
 
 from contrastive_jax import cli
-from contrastive_jax.data import pile, sources, tokenizer
+from contrastive_jax.data import FORMAT, pile, sources, token_type, tokenizer
 from contrastive_jax.data.sources import DataError, Document, Shard
 
-FORMAT = 1
 PROGRESS_SECONDS = 3
 _SAMPLE_CHARACTERS = 4096  # the longest piece of text the tokenizer is trained on
 _SAMPLE_SCAN_BYTES = 1 << 30  # read at most, all shards together, to choose the sample from
@@ -177,11 +176,13 @@ def fill(work: epath.Path, arguments: Arguments, beam_flags: list[str], cores: i
     else:
         trained = train_tokenizer(shards, arguments)
     (work / tokenizer.MODEL_FILE).write_bytes(trained.model)
-    recipe = pile.Recipe(shards, arguments.window, arguments.validation_fraction, arguments.on_bad, os.fspath(work))
+    recipe = pile.Recipe(
+        shards, arguments.window, trained.vocab_size, arguments.validation_fraction, arguments.on_bad, os.fspath(work)
+    )
     with progress(lambda seconds: writing_line(work, seconds)):
         counts = pile.build(recipe, beam_flags, cores)
     with progress(lambda seconds: f"index: {seconds:.0f} s"):
-        content = {split: write_index(work, split) for split in (pile.TRAIN, pile.VALIDATION)}
+        content = {split: write_index(work, split, trained.vocab_size) for split in (pile.TRAIN, pile.VALIDATION)}
     manifest = {
         "format": FORMAT,
         "arguments": as_json(arguments),
@@ -267,7 +268,7 @@ def sample_text(shards: list[Shard], size: int, on_bad: str, seen: dict[str, int
     return [piece for _, piece in sorted(chosen, reverse=True)]
 
 
-def write_index(work: epath.Path, split: str) -> dict[str, str]:
+def write_index(work: epath.Path, split: str, vocab_size: int) -> dict[str, str]:
     """Scans the records of a split once and writes index-SPLIT.npz.
 
     Returns:
@@ -282,7 +283,7 @@ def write_index(work: epath.Path, split: str) -> dict[str, str]:
     for start in range(0, len(records), 256):
         for record in records.__getitems__(range(start, min(start + 256, len(records)))):
             feature = tf_example_pb2.Example.FromString(record).features.feature
-            tokens = np.fromiter(feature["tokens"].int64_list.value, "<i4")
+            tokens = np.frombuffer(feature["tokens"].bytes_list.value[0], token_type(vocab_size)).astype("<i4")
             document, domain = (feature[name].bytes_list.value[0] for name in ("document", "domain"))
             position = feature["position"].int64_list.value[0]
             hashes["tokens"].update(tokens.data)

@@ -123,11 +123,6 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def gather(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
-    """A function that replicates an array over the mesh; its transpose sums what every device contributes."""
-    return lambda x: jax.lax.with_sharding_constraint(x, replicated(mesh))
-
-
 def fetch(mesh: Mesh) -> Callable[[jax.Array], np.ndarray]:
     """A function that brings one array whole to the host of every process."""
     identity = jax.jit(lambda x: x, out_shardings=replicated(mesh))

@@ -12,10 +12,41 @@ import jax.numpy as jnp
 import optax
 
 Params = Any  # nested dict of arrays
-Batch = dict[str, jax.Array]  # tokens int32[b v l], mask bool[b v l], doc int32[b]
+Batch = dict[str, jax.Array]  # tokens int32[b v l], mask bool[b v l], doc int32[b], text int32[b v]
 Metrics = dict[str, jax.Array]
-Forward = Callable[[Params, jax.Array, jax.Array, jax.Array | None], jax.Array]
-Loss = Callable[[jax.Array, jax.Array, Params], tuple[jax.Array, Metrics]]
+
+
+class Functions(NamedTuple):
+    """What a step is made of.
+
+    Attributes:
+      encode: (encoder params, {"tokens": [b v l], "mask": [b v l], "row": int32[b v]}, dropout key) → unit vectors [b v e];
+        `row` numbers the texts of the global batch, whatever part of it is encoded.
+      loss: (z[b v e], ids, objective params, keys or None) → (loss, metrics).
+      project: keeps the objective's parameters in range after an update.
+      queue: None, or the functions of a momentum encoder and its queue of keys.
+    """
+
+    encode: Callable[[Params, Batch, jax.Array], jax.Array]
+    loss: Callable[..., tuple[jax.Array, Metrics]]
+    project: Callable[[Params], Params]
+    queue: "QueueFunctions | None" = None
+
+
+class QueueFunctions(NamedTuple):
+    """Of a momentum encoder with its queue.
+
+    Attributes:
+      init: encoder params → queue.
+      push: (queue, z[b e], ids, step) → queue with the keys of this step.
+      keys: (queue, step) → what the loss takes as keys.
+      follow: (queue, encoder params) → queue with its momentum encoder moved.
+    """
+
+    init: Callable[[Params], Any]
+    push: Callable[..., Any]
+    keys: Callable[..., Any]
+    follow: Callable[[Any, Params], Any]
 
 
 class TrainState(NamedTuple):
@@ -25,11 +56,13 @@ class TrainState(NamedTuple):
       step: int32[], optimiser steps done.
       params: {"encoder": ..., "objective": ...}.
       opt_state: optax state, sharded as the parameters it belongs to.
+      queue: of the momentum encoder, or () without one.
     """
 
     step: jax.Array
     params: Params
     opt_state: Any
+    queue: Any = ()
 
 
 def step_key(root: jax.Array, name: str, step: jax.Array) -> jax.Array:
@@ -55,44 +88,51 @@ def batch_digest(batch: Batch) -> jax.Array:
 
 
 def make_train_step(
-    forward: Forward,
-    loss: Loss,
-    project: Callable[[Params], Params],
-    optimizer: optax.GradientTransformation,
-    root: jax.Array,
+    functions: Functions, optimizer: optax.GradientTransformation, root: jax.Array
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics, jax.Array]]:
     """Builds the step.
 
     Args:
-      forward: (params, tokens[n l], mask[n l], dropout key) → unit vectors [n e].
-      loss: (z[b v e], doc[b], params) → (loss, metrics).
-      project: keeps the objective's parameters in range after an update.
+      functions: encoder, loss and queue.
       optimizer: an optax transformation over the whole tree of parameters.
       root: the run's random key.
 
     Returns:
       step: (state, batch) → (state, metrics, z[b v e]); z lets the loop look at the embeddings now and then.
     """
+    encode, loss, project, memory = functions
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics, jax.Array]:
-        b, v, length = batch["tokens"].shape
+        b, v = batch["text"].shape
+        row = jnp.arange(b * v, dtype=jnp.int32).reshape(b, v)
+        texts = {"tokens": batch["tokens"], "mask": batch["mask"], "row": row}
+        ids = {"doc": batch["doc"], "text": batch["text"]}
+        key = step_key(root, "dropout", state.step)
+        queue, keys, given = state.queue, None, None
+        if memory is not None:
+            # Only the anchor is trained; its positive and the queue come from the momentum encoder.
+            given = jax.lax.stop_gradient(encode(queue.encoder, jax.tree.map(lambda x: x[:, 1:], texts), key))
+            queue = memory.push(queue, given[:, 0], ids, state.step)
+            keys, texts = memory.keys(queue, state.step), jax.tree.map(lambda x: x[:, :1], texts)
 
         def objective(params: Params) -> tuple[jax.Array, tuple[Metrics, jax.Array]]:
-            tokens, mask = batch["tokens"].reshape(b * v, length), batch["mask"].reshape(b * v, length)
-            z = forward(params["encoder"], tokens, mask, step_key(root, "dropout", state.step)).reshape(b, v, -1)
-            value, metrics = loss(z, batch["doc"], params["objective"])
+            z = encode(params["encoder"], texts, key)
+            z = z if given is None else jnp.concatenate([z, given], axis=1)
+            value, metrics = loss(z, ids, params["objective"], keys)
             return value, (metrics, z)
 
         (value, (metrics, z)), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         params = params | {"objective": project(params["objective"])}
+        if memory is not None:
+            queue = memory.follow(queue, params["encoder"])
         metrics |= {
             "loss": value,
             "gradient_norm": optax.tree.norm(gradient),
             "tokens": batch["mask"].sum(),
             "batch_digest": batch_digest(batch),
         }
-        return TrainState(state.step + 1, params, opt_state), metrics, z
+        return TrainState(state.step + 1, params, opt_state, queue), metrics, z
 
     return train_step

@@ -73,9 +73,14 @@ def restore_or_init(run: build_lib.Run, checkpoints: checkpoint.Checkpoints) -> 
     if latest is None:
         return run.init()
     logging.info("resuming from %s", checkpoints.directory / str(latest))
-    items = checkpoints.restore(latest, params=run.shapes.params, opt_state=run.shapes.opt_state)
     step = jax.device_put(np.int32(latest), run.shapes.step.sharding)
-    return step_lib.TrainState(step, items["params"], items["opt_state"])
+    return run.shapes._replace(step=step, **checkpoints.restore(latest, **items_of(run.shapes)))
+
+
+def items_of(state: step_lib.TrainState) -> dict[str, Any]:
+    """What a checkpoint holds of a state (or of its shapes), by name; the step is the checkpoint's own name."""
+    items = state._asdict()
+    return {name: items[name] for name in ("params", "opt_state", "queue") if items[name] != ()}
 
 
 class Reporter:
@@ -158,7 +163,7 @@ def save(setup: Setup, checkpoints: checkpoint.Checkpoints, state: step_lib.Trai
     """Starts a checkpoint and prints the digests by which two runs can be compared."""
     meta = {"config": json.loads(cli.to_json(setup.config)), "data": setup.manifest["content_hash"]}
     with jax.transfer_guard("allow"):
-        checkpoints.save(step, state.params, state.opt_state, meta)
+        checkpoints.save(step, meta, **items_of(state))
         parameters = metrics.parameters_digest(state.params, sharding.fetch(setup.run.mesh))
     logging.info("step %d  parameters digest: %s  batch digest: %s", step, parameters, digest)
 

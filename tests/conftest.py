@@ -39,7 +39,9 @@ def write_dataset(root: pathlib.Path, sizes: dict[str, list[int]], seed: int = 0
                 # A topic a window: neighbouring spans share rare tokens, so that there is something to learn.
                 topic = rng.integers(8, VOCAB, size=12)
                 tokens = np.where(rng.random(length) < 0.5, rng.choice(topic, length), rng.integers(8, VOCAB, length))
-                feature = {"tokens": tf.train.Feature(int64_list=tf.train.Int64List(value=tokens))}
+                feature = {
+                    "tokens": tf.train.Feature(bytes_list=tf.train.BytesList(value=[tokens.astype(np.uint16).tobytes()]))
+                }
                 writer.write(tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString())
             writer.close()
         document = np.arange(len(lengths), dtype=np.int32) // 2
@@ -50,7 +52,7 @@ def write_dataset(root: pathlib.Path, sizes: dict[str, list[int]], seed: int = 0
             domain=document % 2,
             domains=np.array(["a", "b"]),
         )
-    manifest = {"format": 1, "window": 96, "vocab_size": VOCAB, "reserved": RESERVED, "content_hash": f"test{seed}"}
+    manifest = {"format": 2, "window": 96, "vocab_size": VOCAB, "reserved": RESERVED, "content_hash": f"test{seed}"}
     (root / "manifest.json").write_text(json.dumps(manifest | {"splits": {split: {} for split in sizes}}))
     return root
 
@@ -64,6 +66,8 @@ def shrink(config: ConfigDict, dataset: pathlib.Path) -> ConfigDict:
     config.eval.update(pairs=40, span=10, batch_size=24)
     config.mesh.update(data=-1, fsdp=1, tensor=1)
     config.optim.warmup_steps = 1
+    config.micro_batch = 8 if config.micro_batch else 0
+    config.objective.queue = min(config.objective.queue, 3)
     config.update(steps=4, log_every=1, eval_every=0, checkpoint_every=0)
     return config
 

@@ -166,10 +166,26 @@ def test_dropout_follows_its_key() -> None:
     assert jnp.abs(z[0] - z[3]).max() > 1e-2
 
 
+def test_dropout_follows_the_number_of_a_row() -> None:
+    model, params = make(model_config(dropout=0.2, attention_dropout=0.1))
+    tokens, mask = rows()
+    number = jnp.asarray(np.random.default_rng(5).permutation(100)[: len(tokens)], jnp.int32)
+    whole = model.apply(params, tokens, mask, jax.random.key(1), number)
+    part = model.apply(params, tokens[1:3], mask[1:3], jax.random.key(1), number[1:3])
+    np.testing.assert_allclose(part, whole[1:3], atol=1e-6)
+    default = model.apply(params, tokens, mask, jax.random.key(1))
+    assert jnp.abs(default - whole).max() > 1e-2
+    np.testing.assert_array_equal(default, model.apply(params, tokens, mask, jax.random.key(1), jnp.arange(len(tokens))))
+
+
 def test_dropout_is_unbiased_and_independent() -> None:
     x = jnp.ones((400, 30, 50))
-    kept = np.asarray(transformer.dropout(x, 0.3, jax.random.key(3))) > 0
-    other = np.asarray(transformer.dropout(x, 0.3, jax.random.key(4))) > 0
+
+    def noise(seed: int) -> transformer.Noise:
+        return transformer.Noise(jax.random.key(seed), jnp.arange(400))
+
+    kept = np.asarray(transformer.dropout(x, 0.3, noise(3))) > 0
+    other = np.asarray(transformer.dropout(x, 0.3, noise(4))) > 0
     sd = np.sqrt(0.3 * 0.7 / kept.size)
     assert abs(kept.mean() - 0.7) < 4 * sd
     for axis in range(3):  # neighbours along each axis, and another key's mask, agree no more than chance

@@ -18,6 +18,7 @@ ALLOWED = {
     "checkpoint.py": {"jax", "orbax"},
     "metrics.py": {"jax", "clu"},
     "step.py": {"jax", "optax"},
+    "grad_cache.py": {"jax"},
     "processes.py": {"jax"},
 }
 WATCHED = {"jax", "flax", "optax", "orbax", "clu", "tensorflow", "contrastive_jax"}

@@ -132,7 +132,7 @@ def test_index_and_manifest_say_what_the_data_source_gives(prepared: pathlib.Pat
 def test_manifest(prepared: pathlib.Path) -> None:
     trained = tokenizer.load(prepared)
     of = manifest(prepared)
-    assert (of["format"], of["window"], of["vocab_size"]) == (1, 48, 500)
+    assert (of["format"], of["window"], of["vocab_size"]) == (2, 48, 500)
     assert (of["tokenizer_sha256"], of["reserved"]) == (trained.sha256, trained.reserved)
     assert sorted(path.name for path in prepared.iterdir()) == [
         "index-train.npz",
@@ -256,7 +256,8 @@ def test_python_text_is_prepared(prepared: pathlib.Path, tmp_path: pathlib.Path,
     prepare.prepare(given, str(output), cores=1)
     splits = manifest(output)["splits"]
     assert 1_800_000 < splits["train"]["bytes"] + splits["validation"]["bytes"] < 2_500_000
-    assert {"python standard library", "numpy"} <= set(splits["train"]["domains"])
+    # Which packages fit into the 2 MB depends on what is installed.
+    assert "python standard library" in splits["train"]["domains"] and len(splits["train"]["domains"]) > 5
     assert manifest(output)["inputs"][0].startswith("Python 3.")
 
 

@@ -58,12 +58,15 @@ def test_every_key_is_read(dataset: pathlib.Path, tmp_path: pathlib.Path, monkey
         return read(node, key)
 
     monkeypatch.setattr(ConfigDict, "__getattr__", record)
-    fit(config, tmp_path)
+    fit(config, tmp_path / "base")
+    config.objective.update(name="siglip", queue=2, symmetric=False)  # keys that only these read
+    fit(config, tmp_path / "queue")
     assert not leaves - seen
 
 
-def test_resume_is_exact_with_dropout(dataset: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    config = shrink(recipe("debug"), dataset)
+@pytest.mark.parametrize("name", ["debug", "moco"])
+def test_resume_is_exact_with_dropout(name: str, dataset: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    config = shrink(recipe(name), dataset)
     config.steps, config.model.dropout, config.checkpoint_every = 6, 0.3, 4
     whole = fit(config, tmp_path / "whole")
     fit(config, tmp_path / "parts", stop_at=3)

@@ -31,7 +31,7 @@ from apache_beam.runners.portability.fn_api_runner import fn_runner
 from apache_beam.transforms import environments
 from etils import epath
 
-from contrastive_jax.data import sources, tokenizer
+from contrastive_jax.data import sources, token_type, tokenizer
 from contrastive_jax.data.sources import DataError, Document, Reject, Shard
 
 TRAIN, VALIDATION = "train", "validation"
@@ -44,6 +44,7 @@ class Recipe(NamedTuple):
     Attributes:
       shards: the inputs.
       window: the most tokens a record holds.
+      vocab_size: ids of the tokenizer.
       validation_fraction: share of the documents, by hash, for shards that name no split.
       on_bad: "skip" counts a bad line, "fail" stops at it.
       work: directory of this run; the dataset is built in it, and workers leave what they have to say there.
@@ -51,6 +52,7 @@ class Recipe(NamedTuple):
 
     shards: list[Shard]
     window: int
+    vocab_size: int
     validation_fraction: float
     on_bad: str
     work: str
@@ -69,7 +71,7 @@ class Pile(tfds.core.BeamBasedBuilder):
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = {
-            "tokens": tfds.features.Tensor(shape=(None,), dtype=np.int32),  # Sequence would encode id by id, 10x slower
+            "tokens": tfds.features.Tensor(shape=(None,), dtype=token_type(self._recipe.vocab_size), encoding="bytes"),
             "document": tfds.features.Text(),  # hex of the SHA-256 of the text, its first half
             "domain": tfds.features.Text(),
             "position": tfds.features.Scalar(np.int32),  # tokens of the document before the window
@@ -175,7 +177,7 @@ class _Tokenize(beam.DoFn):
             yield from self._windows(key, VALIDATION if kept[0] is False else TRAIN, kept[3])
 
     def _windows(self, key: str, split: str, document: Document) -> Iterator[Any]:
-        tokens = np.array(self._tokenizer.encode(document.text), np.int32)
+        tokens = np.array(self._tokenizer.encode(document.text), token_type(self._recipe.vocab_size))
         starts = range(0, len(tokens), self._recipe.window)
         for start in starts:
             window = tokens[start : start + self._recipe.window]

@@ -15,7 +15,7 @@ from array_record.python import array_record_data_source
 from etils import epath
 from ml_collections import ConfigDict
 
-from contrastive_jax.data import spans
+from contrastive_jax.data import FORMAT, spans, token_type
 
 # TensorFlow only reads data here; it must not take the accelerator's memory.
 tf.config.set_visible_devices([], "GPU")
@@ -56,7 +56,10 @@ def load_manifest(directory: epath.PathLike) -> dict:
             f"config.data.dir={directory}: no manifest.json there; make it with `python -m contrastive_jax.prepare "
             f"--output={directory}` and --python or --input=GLOB"
         )
-    return json.loads(path.read_text())
+    manifest = json.loads(path.read_text())
+    if manifest["format"] != FORMAT:
+        raise ValueError(f"{path}: format {manifest['format']}, this version reads {FORMAT}; prepare the data again")
+    return manifest
 
 
 def open_split(directory: epath.PathLike, split: str) -> Windows:
@@ -87,21 +90,22 @@ def open_split(directory: epath.PathLike, split: str) -> Windows:
     return windows
 
 
-def read_tokens(source: array_record_data_source.ArrayRecordDataSource, index: tf.Tensor) -> tf.RaggedTensor:
-    """Tokens int64[n (l)] of the records at index int64[n]."""
+def read_tokens(windows: Windows, index: tf.Tensor) -> tf.Tensor:
+    """Tokens [n w] of the records at index int64[n], zero after a window's end; uint16 where the vocabulary allows."""
+    source, size, kind = windows.source, windows.manifest["window"], token_type(windows.manifest["vocab_size"])
     records = tf.numpy_function(
         lambda wanted: np.asarray(source.__getitems__(wanted.tolist()), dtype=object), [index], tf.string, stateful=False
     )
-    feature = tf.io.RaggedFeature(tf.int64, row_splits_dtype=tf.int64)
     records.set_shape([None])
-    return tf.io.parse_example(records, {"tokens": feature})["tokens"]
+    raw = tf.io.parse_example(records, {"tokens": tf.io.FixedLenFeature([], tf.string)})["tokens"]
+    return tf.io.decode_raw(raw, tf.as_dtype(kind), fixed_length=size * kind.itemsize)
 
 
-def gather_spans(tokens: tf.RaggedTensor, start: tf.Tensor, size: tf.Tensor, length: int) -> tuple[tf.Tensor, tf.Tensor]:
+def gather_spans(tokens: tf.Tensor, start: tf.Tensor, size: tf.Tensor, length: int) -> tuple[tf.Tensor, tf.Tensor]:
     """Cuts spans out of windows.
 
     Args:
-      tokens: int64[n (l)].
+      tokens: [n w].
       start: int32[n v], the spans' first tokens.
       size: int32[n v], their lengths, at most `length`.
       length: l, the width of the result.
@@ -111,9 +115,20 @@ def gather_spans(tokens: tf.RaggedTensor, start: tf.Tensor, size: tf.Tensor, len
     """
     offset = tf.range(length)
     mask = offset < size[:, :, None]
-    first = tf.cast(tokens.row_starts(), tf.int32)[:, None, None]
-    index = tf.where(mask, first + start[:, :, None] + offset, 0)
-    return tf.where(mask, tf.cast(tf.gather(tokens.flat_values, index), tf.int32), 0), mask
+    n, width = tf.unstack(tf.shape(tokens))
+    first = (tf.range(n) * width)[:, None, None] + start[:, :, None]
+    # Beyond a span lies whatever follows it in its window or the next; the mask removes it.
+    index = tf.minimum(first + offset, n * width - 1)
+    return tf.where(mask, tf.cast(tf.gather(tf.reshape(tokens, [-1]), index), tf.int32), 0), mask
+
+
+def hash_texts(tokens: tf.Tensor) -> tf.Tensor:
+    """A hash int32[n v] of each span of tokens int32[n v l], zero after the span: equal spans have equal hashes.
+
+    Multiply-shift (Dietzfelbinger): the upper half of a sum of products with fixed random numbers, modulo 2**64.
+    """
+    key = np.random.default_rng(0).integers(-(2**63), 2**63, tokens.shape[2], np.int64) | 1
+    return tf.cast(tf.bitwise.right_shift(tf.reduce_sum(tf.cast(tokens, tf.int64) * key, axis=2), 32), tf.int32)
 
 
 def delimit(tokens: tf.Tensor, mask: tf.Tensor, delimiters: np.ndarray) -> tuple[tf.Tensor, tf.Tensor]:
@@ -240,7 +255,8 @@ def batches(
       start: the first step.
 
     Returns:
-      An iterator over {"tokens": int32[n v l], "mask": bool[n v l], "doc": int32[n]}.
+      An iterator over {"tokens": int32[n v l], "mask": bool[n v l], "doc": int32[n], "text": int32[n v]}; `text`
+      is a hash of the span without its delimiters.
 
     Raises:
       ValueError: a value is out of range or the data cannot serve it.
@@ -259,7 +275,8 @@ def batches(
         # Drawn for the whole batch, then cut to this process's rows: the numbers must not depend on who draws them.
         uniform = tf.random.stateless_uniform([config.batch_size, sampler.uniforms], tf.stack([tf.cast(seed, tf.int64), step]))
         begin, size = sampler.cut(tf.gather(lengths, record), tf.gather(uniform, rows))
-        tokens, mask = gather_spans(read_tokens(windows.source, record), begin, size, inner)
+        tokens, mask = gather_spans(read_tokens(windows, record), begin, size, inner)
+        text = hash_texts(tokens)
         if config.delimiters:
             tokens, mask = delimit(tokens, mask, delimiters)
         shape = [len(rows), sampler.views, config.length]
@@ -267,6 +284,7 @@ def batches(
             "tokens": tf.ensure_shape(tokens, shape),
             "mask": tf.ensure_shape(mask, shape),
             "doc": tf.gather(documents, record),
+            "text": text,
         }
 
     dataset = tf.data.Dataset.range(start, np.iinfo(np.int64).max).map(

@@ -51,9 +51,9 @@ def make_pairs(windows: pipeline.Windows, config: ConfigDict, data: ConfigDict) 
     record = rng.permutation(eligible)[: config.pairs]
     begin = rng.integers(0, windows.length[record] - 2 * config.span + 1)
     start = np.stack([begin, begin + config.span], axis=1).astype(np.int32)
-    ragged = pipeline.read_tokens(windows.source, tf.constant(record, tf.int64))
+    whole = pipeline.read_tokens(windows, tf.constant(record, tf.int64))
     size = tf.fill(start.shape, config.span)
-    tokens, mask = pipeline.gather_spans(ragged, start, size, data.length - 2 * data.delimiters)
+    tokens, mask = pipeline.gather_spans(whole, start, size, data.length - 2 * data.delimiters)
     spans = [tuple(row) for row in tokens.numpy()[:, :, : config.span].tolist()]
     if data.delimiters:
         tokens, mask = pipeline.delimit(tokens, mask, pipeline.delimiter_ids(windows.manifest))

@@ -28,12 +28,13 @@ class Encoder(NamedTuple):
 
     Attributes:
       init: key → params, a nested dict of float32 arrays.
-      apply: (params, tokens int32[n l], mask bool[n l], key or None) → unit vectors float32[n e]; dropout where a key is given.
+      apply: (params, tokens int32[n l], mask bool[n l], key or None, row int32[n] or None) → unit vectors float32[n e]; dropout
+        where a key is given, by the number of each row in the global batch (None: its place).
       axes: nested dict like params: the logical axis names of each parameter.
     """
 
     init: Callable[[jax.Array], Params]
-    apply: Callable[[Params, jax.Array, jax.Array, jax.Array | None], jax.Array]
+    apply: Callable[..., jax.Array]
     axes: Params
 
 
@@ -49,9 +50,9 @@ class TextEncoder(nnx.Module):
             else None
         )
 
-    def __call__(self, tokens: jax.Array, mask: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """Tokens int32[n l], mask bool[n l] → unit vectors float32[n e]; dropout where `key` is given."""
-        x = pool(self.transformer(tokens, mask, key), mask, self.config.pooling).astype(jnp.float32)
+    def __call__(self, tokens: jax.Array, mask: jax.Array, noise: transformer.Noise | None = None) -> jax.Array:
+        """Tokens int32[n l], mask bool[n l] → unit vectors float32[n e]; dropout where `noise` is given."""
+        x = pool(self.transformer(tokens, mask, noise), mask, self.config.pooling).astype(jnp.float32)
         if self.projection is not None:
             x = self.projection(x)
         return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-12))
@@ -108,8 +109,11 @@ def make(config: ConfigDict, vocab_size: int, length: int) -> Encoder:
         names = variable.get_metadata()["axes"]
         return ("layers",) * (len(variable.shape) - len(names)) + names  # stacked blocks have one axis more
 
-    def apply(params: Params, tokens: jax.Array, mask: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        return nnx.merge(graphdef, params)(tokens, mask, key)
+    def apply(
+        params: Params, tokens: jax.Array, mask: jax.Array, key: jax.Array | None = None, row: jax.Array | None = None
+    ) -> jax.Array:
+        row = jnp.arange(len(tokens), dtype=jnp.int32) if row is None else row
+        return nnx.merge(graphdef, params)(tokens, mask, None if key is None else transformer.Noise(key, row))
 
     flat = nnx.to_flat_state(abstract)
     return Encoder(

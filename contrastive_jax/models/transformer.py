@@ -6,7 +6,7 @@ Parameters carry the names of their logical axes in the metadata `axes`; `shardi
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,17 +32,25 @@ def hash32(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zeroes a share `rate` of x[... d] and scales the rest by 1 / (1 - rate); the identity where `key` is None.
+class Noise(NamedTuple):
+    """Where dropout takes its randomness from: a key, and row int32[n], the number of each row in the global batch."""
 
-    An element's fate is a hash of its place and of the key: the same on any mesh, like jax.random.bernoulli's, and fused into
-    what surrounds it. Threefry would take four fifths of a step of the debug recipe.
+    key: jax.Array
+    row: jax.Array
+
+
+def dropout(x: jax.Array, rate: float, noise: Noise | None) -> jax.Array:
+    """Zeroes a share `rate` of x[n ... d] and scales the rest by 1 / (1 - rate); the identity where `noise` is None.
+
+    An element's fate is a hash of the key, its row's number and its place in the row: the same on any mesh and in any
+    micro-batch, and fused into what surrounds it. Threefry would take four fifths of a step of the debug recipe.
     """
-    if key is None or rate == 0.0:
+    if noise is None or rate == 0.0:
         return x
-    first, second = jax.random.bits(key, (2,), jnp.uint32)
-    lead = jax.lax.iota(jnp.uint32, math.prod(x.shape[:-1])).reshape(*x.shape[:-1], 1)
-    place = hash32(hash32(lead ^ first) + jax.lax.iota(jnp.uint32, x.shape[-1]) ^ second)
+    first, second = jax.random.bits(noise.key, (2,), jnp.uint32)
+    inner = jax.lax.iota(jnp.uint32, math.prod(x.shape[1:-1])).reshape(1, *x.shape[1:-1], 1)
+    row = hash32(noise.row.astype(jnp.uint32) ^ first).reshape(-1, *(1,) * (x.ndim - 1))
+    place = hash32(hash32(row + inner) + jax.lax.iota(jnp.uint32, x.shape[-1]) ^ second)
     keep = hash32(place) >= jnp.uint32(rate * 2**32)
     return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
 
@@ -112,7 +120,7 @@ class Attention(nnx.Module):
         self.value = Linear(config, (d, g, k), ("embed", "kv_heads", None), rngs)
         self.out = Linear(config, (h, k, d), ("heads", None, "embed"), rngs, contract=2, init_std=out_std)
 
-    def __call__(self, x: jax.Array, attend: jax.Array, key: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, attend: jax.Array, noise: Noise | None) -> jax.Array:
         """Maps x[n l d], attend bool[n l s] → [n l d]."""
         c = self.config
         query, keys, value = self.query(x), self.key(x), self.value(x)
@@ -122,7 +130,7 @@ class Attention(nnx.Module):
         query = query.reshape(n, length, c.num_kv_heads, h // c.num_kv_heads, k)
         scores = jnp.einsum("nlgrk,nsgk->ngrls", query, keys, preferred_element_type=jnp.float32) / k**0.5
         scores = jnp.where(attend[:, None, None], scores, MASKED)
-        weights = dropout(jax.nn.softmax(scores, axis=-1).astype(x.dtype), c.attention_dropout, key)
+        weights = dropout(jax.nn.softmax(scores, axis=-1).astype(x.dtype), c.attention_dropout, noise)
         mixed = jnp.einsum("ngrls,nsgk->nlgrk", weights, value)
         return self.out(mixed.reshape(n, length, h, k))
 
@@ -155,15 +163,15 @@ class Block(nnx.Module):
         self.mlp_norm = Norm(config, rngs)
         self.mlp = Mlp(config, out_std, rngs)
 
-    def __call__(self, x: jax.Array, attend: jax.Array, key: jax.Array | None) -> jax.Array:
-        """Maps x[n l d], attend bool[n l s] to [n l d]; dropout where `key` is given."""
+    def __call__(self, x: jax.Array, attend: jax.Array, noise: Noise | None) -> jax.Array:
+        """Maps x[n l d], attend bool[n l s] to [n l d]; dropout where `noise` is given."""
         c = self.config
-        keys = [None] * 3 if key is None else list(jax.random.split(key, 3))
+        each = [None] * 3 if noise is None else [Noise(key, noise.row) for key in jax.random.split(noise.key, 3)]
         if c.norm_position == "pre":
-            x = x + dropout(self.attention(self.attention_norm(x), attend, keys[0]), c.dropout, keys[1])
-            return x + dropout(self.mlp(self.mlp_norm(x)), c.dropout, keys[2])
-        x = self.attention_norm(x + dropout(self.attention(x, attend, keys[0]), c.dropout, keys[1]))
-        return self.mlp_norm(x + dropout(self.mlp(x), c.dropout, keys[2]))
+            x = x + dropout(self.attention(self.attention_norm(x), attend, each[0]), c.dropout, each[1])
+            return x + dropout(self.mlp(self.mlp_norm(x)), c.dropout, each[2])
+        x = self.attention_norm(x + dropout(self.attention(x, attend, each[0]), c.dropout, each[1]))
+        return self.mlp_norm(x + dropout(self.mlp(x), c.dropout, each[2]))
 
 
 class Transformer(nnx.Module):
@@ -180,22 +188,25 @@ class Transformer(nnx.Module):
         self.blocks = nnx.vmap(lambda r: Block(config, r))(rngs.split(config.num_layers)) if config.num_layers else None
         self.final_norm = Norm(config, rngs) if config.final_norm else None
 
-    def __call__(self, tokens: jax.Array, mask: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """Tokens int32[n l], mask bool[n l] → [n l d]; dropout where `key` is given."""
+    def __call__(self, tokens: jax.Array, mask: jax.Array, noise: Noise | None = None) -> jax.Array:
+        """Tokens int32[n l], mask bool[n l] → [n l d]; dropout where `noise` is given."""
         c = self.config
-        keys = jax.random.split(jax.random.key(0) if key is None else key, c.num_layers + 1)
+        first = later = None
+        if noise is not None:
+            keys = jax.random.split(noise.key, c.num_layers + 1)
+            first, later = Noise(keys[-1], noise.row), Noise(keys[:-1], noise.row)
         x = self.embedding[...][tokens]
         if self.position_embedding is not None:
             x = x + self.position_embedding[: tokens.shape[1]]
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
-        x = dropout(x.astype(c.dtype), c.dropout, None if key is None else keys[-1])
+        x = dropout(x.astype(c.dtype), c.dropout, first)
         if self.blocks is not None:
-            x = self.apply_blocks(x, mask, None if key is None else keys[:-1])
+            x = self.apply_blocks(x, mask, later)
         return x if self.final_norm is None else self.final_norm(x)
 
-    def apply_blocks(self, x: jax.Array, mask: jax.Array, keys: jax.Array | None) -> jax.Array:
-        """Runs all blocks on x[n l d]; keys[layers] or None."""
+    def apply_blocks(self, x: jax.Array, mask: jax.Array, noise: Noise | None) -> jax.Array:
+        """Runs all blocks on x[n l d]; one key of `noise` a layer."""
         length = x.shape[1]
         attend = jnp.broadcast_to(mask[:, None, :], (x.shape[0], length, length))
         if self.config.causal:
@@ -205,8 +216,10 @@ class Transformer(nnx.Module):
         def body(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
             params, key = layer
             block: Any = nnx.merge(graphdef, params)
-            return block(x, attend, key), None
+            return block(x, attend, None if noise is None else Noise(key, noise.row)), None
 
         saved = jax.checkpoint_policies
         policy = {"dots": saved.dots_with_no_batch_dims_saveable, "full": saved.nothing_saveable}.get(self.config.remat)
-        return jax.lax.scan(jax.checkpoint(body, policy=policy) if policy else body, x, (stacked, keys))[0]
+        return jax.lax.scan(
+            jax.checkpoint(body, policy=policy) if policy else body, x, (stacked, None if noise is None else noise.key)
+        )[0]

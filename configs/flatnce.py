@@ -1,0 +1,16 @@
+"""FlatNCE (arXiv 2107.01152) on the debug recipe. Its loss is always 1: watch `log_ratio`, which falls.
+
+  bash launch/local.sh --config=configs/flatnce.py
+
+Its gradient is DCL's (`--config.objective.name=dcl`), whose loss has a value to look at.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import debug
+
+
+def get_config() -> ConfigDict:
+    config = debug.get_config()
+    config.objective.name = "flatnce"
+    return config

@@ -1,0 +1,24 @@
+"""A batch larger than memory on the debug recipe: gradient caching for the encoder, a ring for the negatives.
+
+  bash launch/local.sh --config=configs/large_batch.py
+
+2,048 pairs a step, of which 256 have activations at a time; on one device or many the loss is that of the whole batch. The
+same two keys carry a batch of a million on a pod: `--config.data.batch_size=1048576 --config.micro_batch=16384`.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import debug
+
+
+def get_config() -> ConfigDict:
+    config = debug.get_config()
+    config.steps = 60
+    config.log_every = 5
+    config.eval_every = 30
+    config.checkpoint_every = 30
+    config.data.batch_size = 2048
+    config.micro_batch = 256
+    config.objective.where = "ring"
+    config.optim.warmup_steps = 5
+    return config

@@ -1,0 +1,18 @@
+"""MoCo (arXiv 1911.05722; CERT, arXiv 2005.12766, for text) on the debug recipe: negatives from a queue of past keys.
+
+  bash launch/local.sh --config=configs/moco.py
+
+The queue holds 32 batches, 4,096 keys. Momentum 0.99 rather than the paper's 0.999: the run has 500 steps, not 200,000.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import debug
+
+
+def get_config() -> ConfigDict:
+    config = debug.get_config()
+    config.objective.symmetric = False
+    config.objective.queue = 32
+    config.objective.momentum = 0.99
+    return config

@@ -1,0 +1,18 @@
+"""SigLIP (arXiv 2303.15343) on the debug recipe: every pair is a two-class problem, no normalisation over the batch.
+
+  bash launch/local.sh --config=configs/siglip.py
+
+Temperature 0.1 and bias -10 are the paper's start (§3.2).
+"""
+
+from ml_collections import ConfigDict
+
+from configs import debug
+
+
+def get_config() -> ConfigDict:
+    config = debug.get_config()
+    config.objective.name = "siglip"
+    config.objective.temperature = 0.1
+    config.objective.bias = -10.0
+    return config
