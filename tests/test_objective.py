@@ -290,10 +290,10 @@ def test_planted_duplicates_change_nothing(loss: str, where: str) -> None:
 
 def test_masked_share_counts_what_is_masked() -> None:
     doc = np.repeat(np.arange(B // 2), 2).astype(np.int32)
-    text = np.arange(2 * B, dtype=np.int32).reshape(B, 2)
-    for mask in (True, False):
-        objective = make(objective_config(mask_same_document=mask))
-        _, metrics = objective.loss(embeddings(2), {"doc": doc, "text": text}, objective.init(jax.random.key(0)))
+    for mask, views in ((True, 2), (False, 2), (True, 3)):  # two positives: each row's twin has as many
+        objective = make(objective_config(mask_same_document=mask), views)
+        given = {"doc": doc, "text": np.arange(views * B, dtype=np.int32).reshape(B, views)}
+        _, metrics = objective.loss(embeddings(views), given, objective.init(jax.random.key(0)))
         np.testing.assert_allclose(metrics["masked_share"], mask / (B - 1), atol=1e-6)
         assert metrics["dropped_share"] == 0
 

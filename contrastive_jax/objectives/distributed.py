@@ -269,6 +269,44 @@ def exchange_ring(visit: Callable, add: Callable, here: Tree, keys: Tree, ring: 
 EXCHANGE = {"local": exchange_local, "gathered": exchange_gathered, "ring": exchange_ring}
 
 
+class Pull(NamedTuple):
+    """What the backward pass knows of a row: its largest logit, and the cotangents of its sums; float32[n] each."""
+
+    top: jax.Array
+    total: jax.Array
+    linear: jax.Array | None
+
+
+def score_tile(sweep: Sweep, affine: jax.Array, x: Tree, y: Tree) -> tuple[Stats, Stats | None]:
+    """Stats of a tile's rows and columns, from (z, Ids) of each side."""
+    similarity = product(x[0], y[0], (1, 1))
+    logits = similarity * affine[0] + affine[1]
+    in_row, in_column = allowed_pairs(similarity, x[1], y[1])
+    return reduce(sweep, logits, in_row, 1), reduce(sweep, logits, in_column, 0) if sweep.columns else None
+
+
+def pull_tile(sweep: Sweep, affine: jax.Array, x: Tree, y: Tree) -> tuple[Tree, Tree]:
+    """What a tile adds to the gradients of ((x, the affine map), y), from (z, Ids, Pull) of each side."""
+    similarity = product(x[0], y[0], (1, 1))
+    in_row, in_column = allowed_pairs(similarity, x[1], y[1])
+
+    def one_side(logits: jax.Array, allowed: jax.Array, pull: Pull) -> jax.Array:
+        value = (sweep.term.value(jnp.where(allowed, logits, MASKED), pull.top) * pull.total).sum()
+        return value if pull.linear is None else value + (jnp.where(allowed, logits, 0) * pull.linear).sum()
+
+    def weighted(similarity: jax.Array, affine: jax.Array) -> jax.Array:
+        """The tile's part of the sums, each times its cotangent: the gradient of this number is what flows back."""
+        logits = similarity * affine[:, :1] + affine[:, 1:]
+        value = one_side(logits, in_row, jax.tree.map(lambda a: a[:, None], x[2]))
+        return value + one_side(logits, in_column, y[2]) if sweep.columns else value
+
+    # One copy of the affine map a row, so that its gradient too is a sum along rows.
+    each = jnp.broadcast_to(affine, (len(similarity), 2))
+    to_similarity, to_affine = jax.grad(weighted, argnums=(0, 1))(similarity, each)
+    slope = to_similarity.astype(sweep.dtype)
+    return (product(slope, y[0], (1, 0)), to_affine), product(slope, x[0], (0, 0))
+
+
 def make_sums(sweep: Sweep, ring: Ring) -> Callable:
     """The sums over negatives of one device's rows, with their gradient.
 
@@ -280,7 +318,7 @@ def make_sums(sweep: Sweep, ring: Ring) -> Callable:
       (x float32[n e], y float32[m e], affine float32[2], Ids of x, Ids of y) → (Stats[n], Stats[m] or None), where the logit of
       a pair is affine[0] · x·y + affine[1].
     """
-    exchange = functools.partial(EXCHANGE[sweep.where] if ring.axes else exchange_local, ring=ring)
+    exchange = EXCHANGE[sweep.where] if ring.axes else exchange_local
 
     def vary(tree: Tree) -> Tree:
         return jax.tree.map(lambda x: lax.pcast(x, ring.axes, to="varying"), tree) if ring.axes else tree
@@ -292,72 +330,36 @@ def make_sums(sweep: Sweep, ring: Ring) -> Callable:
         return jax.tree.map(jnp.add, a, b)
 
     def forward(x: jax.Array, y: jax.Array, affine: jax.Array, x_ids: Ids, y_ids: Ids) -> tuple[Stats, Stats | None]:
-        def visit_tile(x: Tree, y: Tree) -> tuple[Stats, Stats | None]:
-            similarity = product(x[0], y[0], (1, 1))
-            logits = similarity * affine[0] + affine[1]
-            in_row, in_column = allowed_pairs(similarity, x[1], y[1])
-            return reduce(sweep, logits, in_row, 1), reduce(sweep, logits, in_column, 0) if sweep.columns else None
+        def visit(rows: Stats, keys: Tree) -> tuple[Stats, Stats | None]:
+            return tiles(functools.partial(score_tile, sweep, affine), anchors, keys, rows, empty, join, sweep.block)
 
-        def column(size: int) -> Stats | None:
+        def empty(size: int) -> Stats | None:
             return vary(nothing(sweep, size)) if sweep.columns else None
 
-        def visit(rows: Stats, keys: Tree) -> tuple[Stats, Stats | None]:
-            return tiles(visit_tile, anchors, keys, rows, column, join, sweep.block)
-
-        anchors = (x.astype(sweep.dtype), x_ids)
-        return exchange(visit, join, vary(nothing(sweep, len(x))), (y.astype(sweep.dtype), y_ids))
+        anchors, keys = (x.astype(sweep.dtype), x_ids), (y.astype(sweep.dtype), y_ids)
+        return exchange(visit, join, vary(nothing(sweep, len(x))), keys, ring)
 
     def backward(saved: tuple, cotangent: tuple[Stats, Stats | None]) -> tuple:
-        (x, y, affine, x_ids, y_ids), rows, columns = saved
-
-        def visit_tile(x: Tree, y: Tree) -> tuple[Tree, Tree]:
-            similarity = product(x[0], y[0], (1, 1))
-            in_row, in_column = allowed_pairs(similarity, x[1], y[1])
-
-            def weighted(similarity: jax.Array, affine: jax.Array) -> jax.Array:
-                """Σ of this tile's part of the totals, each times its cotangent: its gradient is what flows back."""
-                logits = similarity * affine[:, :1] + affine[:, 1:]
-                value = pull(logits, in_row, jax.tree.map(lambda a: a[:, None], x[2]))
-                return value + (pull(logits, in_column, y[2]) if sweep.columns else 0)
-
-            # One copy of the affine map a row, so that its gradient too is a sum along rows.
-            each = jnp.broadcast_to(affine, (len(similarity), 2))
-            to_similarity, to_affine = jax.grad(weighted, argnums=(0, 1))(similarity, each)
-            slope = to_similarity.astype(sweep.dtype)
-            return (product(slope, y[0], (1, 0)), to_affine), product(slope, x[0], (0, 0))
-
-        def pull(logits: jax.Array, allowed: jax.Array, row: tuple) -> jax.Array:
-            top, total, linear = row
-            masked = jnp.where(allowed, logits, MASKED)
-            value = (sweep.term.value(masked, top) * total).sum()
-            return value if linear is None else value + (jnp.where(allowed, logits, 0) * linear).sum()
+        (x, y, affine, x_ids, y_ids), *stats = saved
 
         def visit(rows: Tree, keys: Tree) -> tuple[Tree, Tree]:
-            return tiles(visit_tile, anchors, keys, rows, column, add, sweep.block)
+            return tiles(functools.partial(pull_tile, sweep, affine), anchors, keys, rows, empty, add, sweep.block)
 
-        def column(size: int) -> jax.Array:
+        def empty(size: int) -> jax.Array:
             return vary(jnp.zeros((size, y.shape[1])))
 
-        row_ct, column_ct = cotangent
-        anchors = (x.astype(sweep.dtype), x_ids, (rows.top, row_ct.total, row_ct.linear))
-        keys = (
-            y.astype(sweep.dtype),
-            y_ids,
-            (columns.top, column_ct.total, column_ct.linear) if columns and column_ct else None,
-        )
+        pulls = [Pull(a.top, b.total, b.linear) if a and b else None for a, b in zip(stats, cotangent, strict=True)]
+        anchors, keys = (x.astype(sweep.dtype), x_ids, pulls[0]), (y.astype(sweep.dtype), y_ids, pulls[1])
         start = vary((jnp.zeros(x.shape), jnp.zeros((len(x), 2))))
-        (dx, to_affine), dy = exchange(visit, add, start, keys)
+        (dx, to_affine), dy = exchange(visit, add, start, keys, ring)
         return dx, dy, to_affine.sum(0), None, None
 
-    @jax.custom_vjp
-    def sums(x: jax.Array, y: jax.Array, affine: jax.Array, x_ids: Ids, y_ids: Ids) -> tuple[Stats, Stats | None]:
-        return forward(x, y, affine, x_ids, y_ids)
-
-    def sums_forward(*inputs: Any) -> tuple:
+    def sums_and_saved(*inputs: Any) -> tuple:
         rows, columns = forward(*inputs)
         return (rows, columns), (inputs, rows, columns)
 
-    sums.defvjp(sums_forward, backward)
+    sums = jax.custom_vjp(forward)
+    sums.defvjp(sums_and_saved, backward)
     return sums
 
 

@@ -213,6 +213,62 @@ class Labels:
         return Ids(spread(self.row, -1), valid, None if self.doc is None else spread(self.doc, -1), text, limit)
 
 
+class Scores(NamedTuple):
+    """A batch scored.
+
+    Attributes:
+      similarity: float32[b p], anchors to their positives.
+      logits: float32[b p], of the same.
+      sides: Stats of the negatives of the rows [b 1] and, for a symmetric loss, of the columns [b p].
+      weight: float32[b 1], of a positive in a mean over all that count.
+      others: float32[], the keys an anchor could have as negatives if nothing were masked.
+    """
+
+    similarity: jax.Array
+    logits: jax.Array
+    sides: list[Stats]
+    weight: jax.Array
+    others: jax.Array
+
+    def mean(self, value: Callable[[Stats], jax.Array]) -> jax.Array:
+        """The mean of a function of each side's Stats."""
+        return jnp.stack([(value(side) * self.weight).sum() for side in self.sides]).mean()
+
+
+def score(
+    config: ConfigDict, sums: Callable, apart: int, z: jax.Array, labels: Labels, affine: jax.Array, other: Keys | None
+) -> Scores:
+    """Scores z[b v e] against the batch's own keys, or others; `apart`: into how many shares the keys fall."""
+    p = labels.p
+    z = z.astype(config.dtype).astype(jnp.float32)
+    similarity = jnp.einsum("be,bpe->bp", z[:, 0], z[:, 1 : 1 + p], precision=jax.lax.Precision.HIGHEST)
+    keys = Keys(z[:, 1:], labels.keys(similarity)) if other is None else other
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), keys)
+    rows, columns = sums(z[:, 0], flat.z, affine, labels.anchors(similarity), flat.ids)
+    sides = [jax.tree.map(lambda x: x[:, None], rows)]
+    if columns is not None:
+        sides.append(jax.tree.map(lambda x: x.reshape(len(z), -1)[:, :p], columns))
+    weight = labels.valid[:, None] / (labels.valid.sum() * p)
+    return Scores(similarity, similarity * affine[0] + affine[1], sides, weight, flat.ids.valid.sum() / apart - p)
+
+
+def measure(z: jax.Array, labels: Labels, scores: Scores) -> Metrics:
+    """What one wants to see of a batch; no gradient flows through it."""
+    b, p = scores.similarity.shape
+    anchor, positive = z[:, 0], z[:, 1 : 1 + p]
+    masked = 1 - (scores.sides[0].number * scores.weight * p).sum() / jnp.maximum(scores.others, 1)
+    metrics = {
+        "in_batch_top1": scores.mean(lambda side: scores.logits >= side.top),
+        "positive_similarity": (scores.similarity * scores.weight).sum(),
+        # Σ_ij x_i·y_j = (Σ x)·(Σ y): the mean over all pairs but the positives, masked or not.
+        "negative_similarity": (anchor.sum(0) @ positive.sum((0, 1)) - scores.similarity.sum())
+        / max(float(b * (b - 1) * p), 1.0),
+        "dropped_share": 1 - labels.valid.mean(),
+        "masked_share": masked,
+    }
+    return jax.lax.stop_gradient(metrics)
+
+
 def make(config: ConfigDict, views: int, dim: int, mesh: Mesh | None = None, axes: tuple[str, ...] = ()) -> Objective:
     """Builds the objective of `config.objective`.
 
@@ -228,9 +284,10 @@ def make(config: ConfigDict, views: int, dim: int, mesh: Mesh | None = None, axe
     """
     check(config, views, dim)
     kind = LOSSES[config.name]
-    symmetric = config.symmetric and kind.directions == 2
-    sweep = distributed.Sweep(kind.term, symmetric, config.label_smoothing > 0, config.dtype, config.block, config.where)
-    sums = distributed.negatives(sweep, mesh, axes)
+    columns, linear = config.symmetric and kind.directions == 2, config.label_smoothing > 0
+    sums = distributed.negatives(
+        distributed.Sweep(kind.term, columns, linear, config.dtype, config.block, config.where), mesh, axes
+    )
     apart = math.prod(mesh.shape[axis] for axis in axes) if mesh is not None and config.where == "local" else 1
     low, start, high = (math.log(config[key]) for key in ("temperature_min", "temperature", "temperature_max"))
 
@@ -239,37 +296,16 @@ def make(config: ConfigDict, views: int, dim: int, mesh: Mesh | None = None, axe
         bias = {"bias": jnp.float32(config.bias)} if config.name == "siglip" else {}
         return {"log_temperature": jnp.float32(start)} | bias
 
-    def finish(positive: jax.Array, negatives: Stats) -> jax.Array:
-        return smooth(kind.finish(positive, negatives), positive, negatives, config.label_smoothing)
-
-    def one(z: jax.Array, labels: Labels, affine: jax.Array, other: Keys | None) -> tuple[jax.Array, Metrics]:
-        b, p = len(z), labels.p
-        z = z.astype(config.dtype).astype(jnp.float32)
-        anchor, positive = z[:, 0], z[:, 1 : 1 + p]
-        similarity = jnp.einsum("be,bpe->bp", anchor, positive, precision=jax.lax.Precision.HIGHEST)
-        keys = Keys(z[:, 1:], labels.keys(similarity)) if other is None else other
-        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), keys)
-        rows, columns = sums(anchor, flat.z, affine, labels.anchors(similarity), flat.ids)
-        logits = similarity * affine[0] + affine[1]
-        sides = [jax.tree.map(lambda x: x[:, None], rows)]
-        if symmetric:
-            sides.append(jax.tree.map(lambda x: x.reshape(b, -1)[:, :p], columns))
-        weight = labels.valid[:, None] / (labels.valid.sum() * p)
-
-        def mean(values: list[jax.Array]) -> jax.Array:
-            return sum((value * weight).sum() for value in values) / len(sides)  # type: ignore[return-value]
-
-        metrics = {
-            "in_batch_top1": mean([logits >= side.top for side in sides]),
-            "positive_similarity": (similarity * weight).sum(),
-            # Σ_ij x_i·y_j = (Σ x)·(Σ y): the mean over all pairs but the positives, masked or not.
-            "negative_similarity": (anchor.sum(0) @ positive.sum((0, 1)) - similarity.sum()) / max(float(b * (b - 1) * p), 1.0),
-            "dropped_share": 1 - labels.valid.mean(),
-            "masked_share": 1 - mean([rows.number[:, None]] * len(sides)) / jnp.maximum(flat.ids.valid.sum() / apart - p, 1),
-        }
+    def one(z: jax.Array, labels: Labels, affine: jax.Array, keys: Keys | None) -> tuple[jax.Array, Metrics]:
+        scores = score(config, sums, apart, z, labels, affine, keys)
+        metrics = measure(z, labels, scores)
         if config.name == "flatnce":  # the loss is always 1: this is what falls
-            metrics["log_ratio"] = mean([dcl(logits, side) for side in sides])
-        return mean([finish(logits, side) for side in sides]), jax.lax.stop_gradient(metrics)
+            metrics["log_ratio"] = jax.lax.stop_gradient(scores.mean(lambda side: dcl(scores.logits, side)))
+
+        def finish(side: Stats) -> jax.Array:
+            return smooth(kind.finish(scores.logits, side), scores.logits, side, config.label_smoothing)
+
+        return scores.mean(finish), metrics
 
     def loss(z: jax.Array, ids: dict[str, jax.Array], params: Params, keys: Keys | None = None) -> tuple[jax.Array, Metrics]:
         log_temperature = params["log_temperature"]
