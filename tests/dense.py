@@ -36,20 +36,24 @@ def negatives(config: ConfigDict, doc: np.ndarray, text: np.ndarray, shards: int
 
 def loss(config: ConfigDict, z: jax.Array, doc: np.ndarray, text: np.ndarray, params: dict, shards: int = 1) -> jax.Array:
     """The loss float32[] of z[b v e]; shards > 1: negatives from one's own share of the batch alone."""
+    return parts(config, z, doc, text, params, shards).sum()
+
+
+def parts(config: ConfigDict, z: jax.Array, doc: np.ndarray, text: np.ndarray, params: dict, shards: int = 1) -> jax.Array:
+    """What each anchor and each positive contributes to the loss; they may have either sign and cancel."""
     allowed, keep = negatives(config, doc, text, shards)
     p = text.shape[1] - 1 - config.hard_negatives
-    total, weights = 0.0, 0.0
+    found, weights = [], 0.0
     for size, weight in config.matryoshka or ((z.shape[-1], 1.0),):
         cut = z[..., :size]
         cut = cut / jnp.sqrt(jnp.square(cut).sum(-1, keepdims=True)) if size < z.shape[-1] else cut
-        total, weights = (
-            total + weight * whole(config, cut, jnp.asarray(allowed), jnp.asarray(keep), p, params),
-            weights + weight,
-        )
-    return total / weights
+        found.append(weight * whole(config, cut, jnp.asarray(allowed), jnp.asarray(keep), p, params))
+        weights += weight
+    return jnp.concatenate(found) / weights
 
 
 def whole(config: ConfigDict, z: jax.Array, allowed: jax.Array, keep: jax.Array, p: int, params: dict) -> jax.Array:
+    """The parts of one prefix of the embeddings."""
     b = len(z)
     similarity = jnp.einsum("ie,jce->ijc", z[:, 0], z[:, 1:])
     s = similarity / jnp.exp(params["log_temperature"]) + params.get("bias", 0.0)
@@ -63,7 +67,7 @@ def whole(config: ConfigDict, z: jax.Array, allowed: jax.Array, keep: jax.Array,
     if config.symmetric and config.name != "siglip":
         # Anchors are the keys of a positive: [j p i].
         each.append(one(config, own, s.transpose(1, 2, 0)[:, :p], in_columns.transpose(1, 2, 0)[:, :p]))
-    return sum(jnp.where(keep[:, None], value, 0).sum() / (keep.sum() * p) for value in each) / len(each)
+    return jnp.stack([jnp.where(keep[:, None], value, 0) / (keep.sum() * p * len(each)) for value in each]).ravel()
 
 
 def one(config: ConfigDict, positive: jax.Array, others: jax.Array, allowed: jax.Array) -> jax.Array:
