@@ -2,8 +2,8 @@
 
   bash launch/local.sh --config=configs/large_batch.py
 
-2,048 pairs a step, of which 256 have activations at a time; on one device or many the loss is that of the whole batch. The
-same two keys carry a batch of a million on a pod: `--config.data.batch_size=1048576 --config.micro_batch=16384`.
+2,048 pairs a step, of which 256 have activations at a time; on one device or many the loss is that of the whole batch. A
+step takes 18 s on 2 CPU cores that do some other work. The whole run was not done, no figure is claimed.
 """
 
 from ml_collections import ConfigDict

@@ -106,7 +106,7 @@ def micro_batch(config: ConfigDict, mesh: Mesh) -> int:
     pairs_, tokens = config.micro_batch, config.micro_batch_tokens
     if pairs_ < 0 or tokens < 0 or (pairs_ and tokens):
         raise ValueError(f"config.micro_batch={pairs_}, config.micro_batch_tokens={tokens}: not negative, and one of them 0")
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = sharding.shards(mesh)
     if pairs_ % shards:
         raise ValueError(f"config.micro_batch={pairs_} must be a multiple of mesh.data × mesh.fsdp = {shards}")
     if not tokens:
@@ -149,7 +149,7 @@ def make_encode(apply: Callable, mesh: Mesh) -> Callable[[Any, np.ndarray, np.nd
     """Encodes rows that every process holds in full; rows are padded to a multiple of the devices and cut again."""
     replicated = NamedSharding(mesh, P())
     forward = jax.jit(lambda params, batch: apply(params, batch["tokens"], batch["mask"], None), out_shardings=replicated)
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = sharding.shards(mesh)
 
     def encode(params: Any, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
         n = len(tokens)

@@ -82,15 +82,21 @@ def tree_shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(one, shapes, axes)
 
 
+def shards(mesh: Mesh) -> int:
+    """Into how many parts the batch is spread."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def rows_of_process(batch_size: int, mesh: Mesh) -> np.ndarray:
     """The rows of the global batch that this process's devices hold, int64[n], ascending.
 
     Raises:
       ValueError: the batch does not divide over the data and fsdp axes.
     """
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size < 1 or batch_size % shards:
-        raise ValueError(f"config.data.batch_size={batch_size} must be a positive multiple of mesh.data × mesh.fsdp = {shards}")
+    if batch_size < 1 or batch_size % shards(mesh):
+        raise ValueError(
+            f"config.data.batch_size={batch_size} must be a positive multiple of mesh.data × mesh.fsdp = {shards(mesh)}"
+        )
     held = NamedSharding(mesh, BATCH).addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in held if index is not None]))
 

@@ -141,10 +141,14 @@ def check_composition(loss: str, where: str, how: str, devices: int, hard: int, 
     batch = sharding.to_global(texts(views) | ids(views) | {"nudge": nudge}, np.arange(B), B, mesh)
     got = value_and_gradients(embed, lambda *arguments: objective.loss(*arguments)[0])(params, batch.pop("nudge"), batch)
     value, gradients, sizes = expected(loss, devices if where == "local" else 1, hard, matryoshka, masking)
-    assert abs(got[0] - value) < 1e-6 * sizes[0]
-    # A number that is a sum over rows may cancel (to 1e-6 of its terms, in one cell): its error is relative to the terms.
+    assert abs(got[0] - value) < 1e-6 * max(abs(value), 0.1 * sizes[0])
+    # A number that is a sum over rows may cancel (to 1e-6 of its terms, in one cell, where the float32 reference itself is 5 %
+    # off its float64 twin): then its error is relative to a part of the terms.
     scalars = [x[0]["objective"] for x in (got[1], gradients)]
-    assert all(abs(scalars[0][name] - scalars[1][name]) < 1e-5 * size for name, size in sizes[1].items()), scalars
+    assert all(
+        abs(scalars[0][name] - scalars[1][name]) < 1e-5 * max(abs(scalars[1][name]), 0.01 * size)
+        for name, size in sizes[1].items()
+    ), scalars
     far = jax.tree.map(distance, *[(x[0]["encoder"], x[1]) for x in (got[1], gradients)])
     assert max(jax.tree.leaves(far)) < 1e-5, far
 
