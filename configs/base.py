@@ -76,6 +76,13 @@ def get_config() -> ConfigDict:
     config.model.rope_theta = 10_000.0
     # Attention to earlier tokens only.
     config.model.causal = False
+    # Attention to so many tokens on either side (0: all), but for the first of every `global_every` layers, which sees all;
+    # local layers have rotary positions of their own.
+    config.model.local_window = 0
+    config.model.global_every = 3
+    config.model.local_rope_theta = 10_000.0
+    # "plain" (XLA), "fused" (a Pallas kernel on TPU, cuDNN on GPU), or "auto": fused where the device has it. All are equal.
+    config.model.attention = "auto"
     # Biases in projections and LayerNorm.
     config.model.bias = True
     # Dropout of embeddings and of each residual branch, and of attention probabilities.

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from contrastive_jax import grad_cache, optim, sharding
 from contrastive_jax import step as step_lib
 from contrastive_jax.data import spans
+from contrastive_jax.models import attention
 from contrastive_jax.models import encoder as encoder_lib
 from contrastive_jax.objectives import pairs
 from contrastive_jax.objectives import queue as queue_lib
@@ -50,7 +51,8 @@ def build(config: ConfigDict, mesh: Mesh, vocab_size: int) -> Run:
     Raises:
       ValueError: the config has a value that cannot be; the message names the key.
     """
-    encoder = encoder_lib.make(config.model, padded_vocab(vocab_size), config.data.length)
+    layout = attention.Layout(mesh, sharding.BATCH[0], "tensor")
+    encoder = encoder_lib.make(config.model, padded_vocab(vocab_size), config.data.length, layout)
     views, dim = spans.make(config.data).views, config.model.embedding_dim or config.model.d_model
     axes = sharding.BATCH[0]
     objective = pairs.make(config.objective, views, dim, mesh, axes)

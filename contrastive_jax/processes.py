@@ -9,6 +9,9 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
+# Exit status of a run that was told to end and has saved (sysexits' EX_TEMPFAIL): the launchers start it again.
+PREEMPTED = 75
+
 
 def initialize(coordinator: str | None, num_processes: int | None, process_id: int | None, cluster: bool) -> None:
     """Joins the other processes; must run before JAX first looks for devices.

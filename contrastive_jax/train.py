@@ -1,11 +1,13 @@
 """Trains an encoder: `python -m contrastive_jax.train --config=configs/debug.py --workdir=runs/debug`.
 
 Start it again with the same workdir and it goes on from its newest checkpoint. Several processes: --coordinator=HOST:PORT
---num_processes=N --process_id=I on each, or --cluster where the environment knows (TPU pod, SLURM).
+--num_processes=N --process_id=I on each, or --cluster where the environment knows (TPU pod, SLURM). Exit status: 0 at the end,
+2 for bad input, 75 where SIGTERM ended it after a save: start it again.
 """
 
 import contextlib
 import json
+import sys
 import time
 from typing import Any, NamedTuple
 
@@ -221,6 +223,8 @@ def main(argv: list[str]) -> None:
     stop_at = setup.config.steps if STOP_AT_STEP.value is None else STOP_AT_STEP.value
     step = loop(setup, stop_at)
     logging.info("ended at step %d of %d; checkpoints: %s/checkpoints", step, setup.config.steps, setup.workdir)
+    if step < min(stop_at, setup.config.steps):
+        sys.exit(processes.PREEMPTED)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,11 @@ XLA_FLAGS = "--xla_force_host_platform_device_count={} --xla_backend_optimizatio
 os.environ["XLA_FLAGS"] = XLA_FLAGS.format(8)
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+import importlib
 import json
 import pathlib
+import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -70,6 +73,29 @@ def shrink(config: ConfigDict, dataset: pathlib.Path) -> ConfigDict:
     config.objective.queue = min(config.objective.queue, 3)
     config.update(steps=4, log_every=1, eval_every=0, checkpoint_every=0)
     return config
+
+
+def recipe(name: str, *argument: str) -> ConfigDict:
+    return importlib.import_module(f"configs.{name}").get_config(*argument)
+
+
+def overrides(name: str, dataset: pathlib.Path) -> list[str]:
+    """The flags that shrink a recipe on the command line."""
+    small, default = shrink(recipe(name), dataset), recipe(name)
+    changed = []
+    for key, value in small.items():
+        nested = isinstance(value, ConfigDict)
+        for leaf_key, leaf in value.items() if nested else [(key, value)]:
+            if leaf != (default[key][leaf_key] if nested else default[leaf_key]):
+                changed.append(f"--config.{key}.{leaf_key}={leaf}" if nested else f"--config.{leaf_key}={leaf}")
+    return changed
+
+
+def wait_for(condition: Callable[[], object], seconds: int = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """The loop: every recipe runs, a run resumes bit for bit, and layouts of devices and processes change nothing."""
 
-import importlib
 import json
 import os
 import pathlib
@@ -8,26 +7,22 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
 import pytest
 from absl import flags
 from clu import metric_writers
-from conftest import ROOT, XLA_FLAGS, shrink
+from conftest import ROOT, XLA_FLAGS, overrides, recipe, shrink, wait_for
 from etils import epath
 from ml_collections import ConfigDict
 
 from configs import base
 from contrastive_jax import cli, metrics, train
+from contrastive_jax.processes import PREEMPTED
 
 RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 VARIANTS = {"cpt_text": ["s"]}
-
-
-def recipe(name: str, *argument: str) -> ConfigDict:
-    return importlib.import_module(f"configs.{name}").get_config(*argument)
 
 
 def fit(config: ConfigDict, workdir: pathlib.Path, stop_at: int | None = None) -> list[dict]:
@@ -146,16 +141,7 @@ def test_embedding_metrics() -> None:
 
 
 def command(dataset: pathlib.Path, workdir: pathlib.Path, *more: str, module: str = "train") -> list[str]:
-    small = shrink(recipe("debug"), dataset)
-    default = recipe("debug")
-    changed = []
-    for key, value in small.items():
-        nested = isinstance(value, ConfigDict)
-        for name, leaf in value.items() if nested else [(key, value)]:
-            if leaf != (default[key][name] if nested else default[name]):
-                changed.append(f"--config.{key}.{name}={leaf}" if nested else f"--config.{name}={leaf}")
-    if module != "train":
-        changed = []
+    changed = overrides("debug", dataset) if module == "train" else []
     return [sys.executable, "-m", f"contrastive_jax.{module}", f"--workdir={workdir}", *changed, *more]
 
 
@@ -208,19 +194,12 @@ def test_sigterm_saves_and_ends_and_the_run_resumes(dataset: pathlib.Path, tmp_p
         processes = begin(workdir)
         wait_for(lambda w=workdir: (w / "metrics.jsonl").exists() and "loss" in (w / "metrics.jsonl").read_text())
         processes[-1].send_signal(signal.SIGTERM)
-        outputs = finish(*processes)
+        outputs = finish(*processes, status=PREEMPTED)
         reached = {
             line.split("ended at step ")[1].split()[0] for text in outputs for line in text.splitlines() if "ended at" in line
         }
         assert len(reached) == 1  # all processes saved the same step
         assert [path.name for path in (workdir / "checkpoints").iterdir()] == [*reached]
-
-
-def wait_for(condition: object, seconds: int = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.1)
 
 
 def test_processes_that_differ_refuse_to_start(dataset: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from contrastive_jax.models import transformer
+from contrastive_jax.models import attention, transformer
 
 Params = Any  # nested dict of arrays
+
+ONE_DEVICE = attention.Layout()
 
 CHOICES = {
     "mlp": ("gelu", "geglu", "swiglu"),
@@ -18,6 +20,7 @@ CHOICES = {
     "norm_position": ("pre", "post"),
     "position": ("learned", "rotary", "none"),
     "pooling": ("mean", "cls", "eos"),
+    "attention": ("auto", "plain", "fused"),
     "remat": ("none", "dots", "full"),
     "dtype": ("float32", "bfloat16"),
 }
@@ -41,18 +44,27 @@ class Encoder(NamedTuple):
 class TextEncoder(nnx.Module):
     """Tokens to one unit vector a row."""
 
-    def __init__(self, config: ConfigDict, vocab_size: int, length: int, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: ConfigDict,
+        vocab_size: int,
+        length: int,
+        attend: attention.Attend,
+        layout: attention.Layout,
+        rngs: nnx.Rngs,
+    ):
         self.config = config
-        self.transformer = transformer.Transformer(config, vocab_size, length, rngs)
+        self.transformer = transformer.Transformer(config, vocab_size, length, attend, layout, rngs)
         self.projection = (
             transformer.Linear(config, (config.d_model, config.embedding_dim), ("embed", None), rngs)
             if config.embedding_dim
             else None
         )
 
-    def __call__(self, tokens: jax.Array, mask: jax.Array, noise: transformer.Noise | None = None) -> jax.Array:
+    def __call__(self, tokens: jax.Array, mask: jax.Array, noise: attention.Noise | None = None) -> jax.Array:
         """Tokens int32[n l], mask bool[n l] → unit vectors float32[n e]; dropout where `noise` is given."""
-        x = pool(self.transformer(tokens, mask, noise), mask, self.config.pooling).astype(jnp.float32)
+        x = self.transformer(tokens, mask.astype(jnp.int32), noise=noise)
+        x = pool(x, mask, self.config.pooling).astype(jnp.float32)
         if self.projection is not None:
             x = self.projection(x)
         return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-12))
@@ -82,28 +94,38 @@ def check(config: ConfigDict) -> None:
         )
     if config.position == "rotary" and config.head_dim % 2:
         raise ValueError(f"config.model.head_dim={config.head_dim}: rotary positions need an even one")
+    if config.local_window < 0 or config.global_every < 1:
+        raise ValueError(
+            f"config.model.local_window={config.local_window}: 0 or the tokens on either side, "
+            f"config.model.global_every={config.global_every}: at least 1"
+        )
     for key in ("dropout", "attention_dropout"):
         if not 0 <= config[key] < 1:
             raise ValueError(f"config.model.{key}={config[key]}: must be in [0, 1)")
 
 
-def make(config: ConfigDict, vocab_size: int, length: int) -> Encoder:
+def make(config: ConfigDict, vocab_size: int, length: int, layout: attention.Layout = ONE_DEVICE) -> Encoder:
     """Builds the encoder without allocating anything.
 
     Args:
       config: `config.model`.
       vocab_size: ids the tokenizer can give.
       length: longest row, the size of a learned position table.
+      layout: how activations lie on the mesh.
 
     Raises:
       ValueError: a key has a value that is not one of its choices, or two keys exclude each other.
     """
     check(config)
+    attend = attention.make(config, layout)
+
+    def model(rngs: nnx.Rngs) -> TextEncoder:
+        return TextEncoder(config, vocab_size, length, attend, layout, rngs)
 
     def construct(key: jax.Array) -> tuple[Any, Any]:
-        return nnx.split(TextEncoder(config, vocab_size, length, nnx.Rngs(params=key)), nnx.Param)
+        return nnx.split(model(nnx.Rngs(params=key)), nnx.Param)
 
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: TextEncoder(config, vocab_size, length, nnx.Rngs(0))), nnx.Param)
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: model(nnx.Rngs(0))), nnx.Param)
 
     def axes(variable: nnx.Variable) -> tuple[str | None, ...]:
         names = variable.get_metadata()["axes"]
@@ -113,7 +135,7 @@ def make(config: ConfigDict, vocab_size: int, length: int) -> Encoder:
         params: Params, tokens: jax.Array, mask: jax.Array, key: jax.Array | None = None, row: jax.Array | None = None
     ) -> jax.Array:
         row = jnp.arange(len(tokens), dtype=jnp.int32) if row is None else row
-        return nnx.merge(graphdef, params)(tokens, mask, None if key is None else transformer.Noise(key, row))
+        return nnx.merge(graphdef, params)(tokens, mask, None if key is None else attention.Noise(key, row))
 
     flat = nnx.to_flat_state(abstract)
     return Encoder(

@@ -4,7 +4,6 @@ Dimensions: n rows, l query tokens, s key tokens, d width, h heads, g key-value 
 Parameters carry the names of their logical axes in the metadata `axes`; `sharding.py` maps these to the mesh.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,8 +13,7 @@ from flax import nnx
 from jax.nn import initializers
 from ml_collections import ConfigDict
 
-# Large, finite: exp underflows to exactly 0 beside any real score, and a row without keys gives no NaN.
-MASKED = -1e30
+from contrastive_jax.models.attention import Attend, Layout, Noise, dropout
 
 ACTIVATIONS: dict[str, Callable] = {"gelu": jax.nn.gelu, "geglu": jax.nn.gelu, "swiglu": jax.nn.silu}
 
@@ -25,42 +23,11 @@ def parameter(rngs: nnx.Rngs, init: Callable, shape: tuple[int, ...], axes: tupl
     return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
 
 
-def hash32(x: jax.Array) -> jax.Array:
-    """A bijection of uint32 that changes half of the bits when any one changes (Wellons, "lowbias32")."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
-    return x ^ (x >> 16)
-
-
-class Noise(NamedTuple):
-    """Where dropout takes its randomness from: a key, and row int32[n], the number of each row in the global batch."""
-
-    key: jax.Array
-    row: jax.Array
-
-
-def dropout(x: jax.Array, rate: float, noise: Noise | None) -> jax.Array:
-    """Zeroes a share `rate` of x[n ... d] and scales the rest by 1 / (1 - rate); the identity where `noise` is None.
-
-    An element's fate is a hash of the key, its row's number and its place in the row: the same on any mesh and in any
-    micro-batch, and fused into what surrounds it. Threefry would take four fifths of a step of the debug recipe.
-    """
-    if noise is None or rate == 0.0:
-        return x
-    first, second = jax.random.bits(noise.key, (2,), jnp.uint32)
-    inner = jax.lax.iota(jnp.uint32, math.prod(x.shape[1:-1])).reshape(1, *x.shape[1:-1], 1)
-    row = hash32(noise.row.astype(jnp.uint32) ^ first).reshape(-1, *(1,) * (x.ndim - 1))
-    place = hash32(hash32(row + inner) + jax.lax.iota(jnp.uint32, x.shape[-1]) ^ second)
-    keep = hash32(place) >= jnp.uint32(rate * 2**32)
-    return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
-
-
-def rotate(x: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding of x[n l ... k] (Su et al., arXiv 2104.09864), halves rotated as in GPT-NeoX."""
+def rotate(x: jax.Array, position: jax.Array, theta: jax.Array | float) -> jax.Array:
+    """Rotary positions (Su et al., arXiv 2104.09864), halves as in GPT-NeoX: x[n l h k], position int32[n l] or [1 l]."""
     half = x.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None] * frequency
-    angle = angle.reshape(x.shape[1], *(1,) * (x.ndim - 3), half)
+    angle = position.astype(jnp.float32)[:, :, None, None] * frequency
     a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
@@ -109,30 +76,41 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
+class Rows(NamedTuple):
+    """What a block knows of its rows besides the activations.
+
+    Attributes:
+      segment: int32[n l], the span of each token, from 1; 0 is padding.
+      position: int32[n l] or [1 l], the place of each token in its span.
+      window: int32[] or None: how far a token of this layer attends; None: any distance in any layer.
+      theta: the base of the rotary positions of this layer.
+      noise: dropout's, or None.
+    """
+
+    segment: jax.Array
+    position: jax.Array
+    window: jax.Array | None = None
+    theta: jax.Array | float = 0.0
+    noise: Noise | None = None
+
+
 class Attention(nnx.Module):
     """Multi-head attention, full or grouped, with rotary positions where the config says so."""
 
-    def __init__(self, config: ConfigDict, out_std: float, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(self, config: ConfigDict, attend: Attend, out_std: float, rngs: nnx.Rngs):
+        self.config, self.attend = config, attend
         d, h, g, k = config.d_model, config.num_heads, config.num_kv_heads, config.head_dim
         self.query = Linear(config, (d, h, k), ("embed", "heads", None), rngs)
         self.key = Linear(config, (d, g, k), ("embed", "kv_heads", None), rngs)
         self.value = Linear(config, (d, g, k), ("embed", "kv_heads", None), rngs)
         self.out = Linear(config, (h, k, d), ("heads", None, "embed"), rngs, contract=2, init_std=out_std)
 
-    def __call__(self, x: jax.Array, attend: jax.Array, noise: Noise | None) -> jax.Array:
-        """Maps x[n l d], attend bool[n l s] → [n l d]."""
-        c = self.config
-        query, keys, value = self.query(x), self.key(x), self.value(x)
-        if c.position == "rotary":
-            query, keys = rotate(query, c.rope_theta), rotate(keys, c.rope_theta)
-        n, length, h, k = query.shape
-        query = query.reshape(n, length, c.num_kv_heads, h // c.num_kv_heads, k)
-        scores = jnp.einsum("nlgrk,nsgk->ngrls", query, keys, preferred_element_type=jnp.float32) / k**0.5
-        scores = jnp.where(attend[:, None, None], scores, MASKED)
-        weights = dropout(jax.nn.softmax(scores, axis=-1).astype(x.dtype), c.attention_dropout, noise)
-        mixed = jnp.einsum("ngrls,nsgk->nlgrk", weights, value)
-        return self.out(mixed.reshape(n, length, h, k))
+    def __call__(self, x: jax.Array, rows: Rows) -> jax.Array:
+        """Maps x[n l d] to [n l d]."""
+        query, key, value = self.query(x), self.key(x), self.value(x)
+        if self.config.position == "rotary":
+            query, key = rotate(query, rows.position, rows.theta), rotate(key, rows.position, rows.theta)
+        return self.out(self.attend(query, key, value, rows.segment, rows.window, rows.noise))
 
 
 class Mlp(nnx.Module):
@@ -154,72 +132,87 @@ class Mlp(nnx.Module):
 class Block(nnx.Module):
     """Attention and feed-forward, each on a residual branch with its norm before (pre) or after (post) it."""
 
-    def __init__(self, config: ConfigDict, rngs: nnx.Rngs):
+    def __init__(self, config: ConfigDict, attend: Attend, rngs: nnx.Rngs):
         # GPT-2's scaling of the branches' outputs, or zero: the block then starts as the identity.
         out_std = 0.0 if config.zero_init_branches else config.init_std / (2 * config.num_layers) ** 0.5
         self.config = config
         self.attention_norm = Norm(config, rngs)
-        self.attention = Attention(config, out_std, rngs)
+        self.attention = Attention(config, attend, out_std, rngs)
         self.mlp_norm = Norm(config, rngs)
         self.mlp = Mlp(config, out_std, rngs)
 
-    def __call__(self, x: jax.Array, attend: jax.Array, noise: Noise | None) -> jax.Array:
-        """Maps x[n l d], attend bool[n l s] to [n l d]; dropout where `noise` is given."""
-        c = self.config
+    def __call__(self, x: jax.Array, rows: Rows) -> jax.Array:
+        """Maps x[n l d] to [n l d]; dropout where `rows.noise` is given."""
+        c, noise = self.config, rows.noise
         each = [None] * 3 if noise is None else [Noise(key, noise.row) for key in jax.random.split(noise.key, 3)]
+        inner = rows._replace(noise=each[0])
         if c.norm_position == "pre":
-            x = x + dropout(self.attention(self.attention_norm(x), attend, each[0]), c.dropout, each[1])
+            x = x + dropout(self.attention(self.attention_norm(x), inner), c.dropout, each[1])
             return x + dropout(self.mlp(self.mlp_norm(x)), c.dropout, each[2])
-        x = self.attention_norm(x + dropout(self.attention(x, attend, each[0]), c.dropout, each[1]))
+        x = self.attention_norm(x + dropout(self.attention(x, inner), c.dropout, each[1]))
         return self.mlp_norm(x + dropout(self.mlp(x), c.dropout, each[2]))
 
 
 class Transformer(nnx.Module):
     """Token ids to contextual vectors; blocks are stacked and scanned, so compile time does not grow with depth."""
 
-    def __init__(self, config: ConfigDict, vocab_size: int, length: int, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(self, config: ConfigDict, vocab_size: int, length: int, attend: Attend, layout: Layout, rngs: nnx.Rngs):
+        self.config, self.layout = config, layout
         init = initializers.normal(config.init_std)
         self.embedding = parameter(rngs, init, (vocab_size, config.d_model), ("vocab", "embed"))
         self.position_embedding = (
             parameter(rngs, init, (length, config.d_model), (None, "embed")) if config.position == "learned" else None
         )
         self.embedding_norm = Norm(config, rngs) if config.embedding_norm else None
-        self.blocks = nnx.vmap(lambda r: Block(config, r))(rngs.split(config.num_layers)) if config.num_layers else None
+        blocks = nnx.vmap(lambda r: Block(config, attend, r))
+        self.blocks = blocks(rngs.split(config.num_layers)) if config.num_layers else None
         self.final_norm = Norm(config, rngs) if config.final_norm else None
 
-    def __call__(self, tokens: jax.Array, mask: jax.Array, noise: Noise | None = None) -> jax.Array:
-        """Tokens int32[n l], mask bool[n l] → [n l d]; dropout where `noise` is given."""
+    def __call__(
+        self, tokens: jax.Array, segment: jax.Array, position: jax.Array | None = None, noise: Noise | None = None
+    ) -> jax.Array:
+        """Tokens int32[n l], segment int32[n l], position int32[n l] (None: one span a row) → [n l d]; dropout if `noise`."""
         c = self.config
         first = later = None
         if noise is not None:
             keys = jax.random.split(noise.key, c.num_layers + 1)
             first, later = Noise(keys[-1], noise.row), Noise(keys[:-1], noise.row)
-        x = self.embedding[...][tokens]
+        x = self.layout.rows(self.embedding[...][tokens])
         if self.position_embedding is not None:
-            x = x + self.position_embedding[: tokens.shape[1]]
+            x = x + (self.position_embedding[: tokens.shape[1]] if position is None else self.position_embedding[...][position])
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
         x = dropout(x.astype(c.dtype), c.dropout, first)
         if self.blocks is not None:
-            x = self.apply_blocks(x, mask, later)
+            position = jnp.arange(tokens.shape[1])[None] if position is None else position
+            x = self.apply_blocks(x, Rows(segment, position, noise=later))
         return x if self.final_norm is None else self.final_norm(x)
 
-    def apply_blocks(self, x: jax.Array, mask: jax.Array, noise: Noise | None) -> jax.Array:
-        """Runs all blocks on x[n l d]; one key of `noise` a layer."""
-        length = x.shape[1]
-        attend = jnp.broadcast_to(mask[:, None, :], (x.shape[0], length, length))
-        if self.config.causal:
-            attend = attend & jnp.tril(jnp.ones((length, length), bool))
+    def apply_blocks(self, x: jax.Array, rows: Rows) -> jax.Array:
+        """Runs all blocks on x[n l d]; one key of `rows.noise` a layer."""
+        c = self.config
         graphdef, stacked = nnx.split(self.blocks)
 
         def body(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
-            params, key = layer
+            params, key, everywhere = layer
             block: Any = nnx.merge(graphdef, params)
-            return block(x, attend, None if noise is None else Noise(key, noise.row)), None
+            given = rows._replace(noise=None if rows.noise is None else Noise(key, rows.noise.row), theta=c.rope_theta)
+            if c.local_window:
+                given = given._replace(
+                    window=jnp.where(everywhere, x.shape[1], c.local_window),
+                    theta=jnp.where(everywhere, c.rope_theta, c.local_rope_theta),
+                )
+            return self.layout.rows(block(x, given)), None
 
-        saved = jax.checkpoint_policies
-        policy = {"dots": saved.dots_with_no_batch_dims_saveable, "full": saved.nothing_saveable}.get(self.config.remat)
-        return jax.lax.scan(
-            jax.checkpoint(body, policy=policy) if policy else body, x, (stacked, None if noise is None else noise.key)
-        )[0]
+        # ModernBERT's order: the first of every `global_every` layers attends to all tokens.
+        everywhere = jnp.arange(c.num_layers) % c.global_every == 0
+        keys = None if rows.noise is None else rows.noise.key
+        return jax.lax.scan(remat(body, c.remat), x, (stacked, keys, everywhere))[0]
+
+
+def remat(body: Callable, policy: str) -> Callable:
+    """A block whose backward pass recomputes what `policy` does not save."""
+    saved = jax.checkpoint_policies
+    if policy == "none":
+        return body
+    return jax.checkpoint(body, policy={"dots": saved.dots_with_no_batch_dims_saveable, "full": saved.nothing_saveable}[policy])
