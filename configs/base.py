@@ -96,7 +96,8 @@ def get_config() -> ConfigDict:
     config.model.pooling = "mean"
     # Width of the embedding after a linear projection; 0: d_model, no projection.
     config.model.embedding_dim = 0
-    # What the backward pass recomputes: "none", "dots" (all but matrix products) or "full".
+    # What the backward pass recomputes: "none", "dots" (all but matrix products and attention), "attention" (all but attention
+    # and what goes into it) or "full".
     config.model.remat = "none"
     # Type of activations and matrix products, "float32" or "bfloat16"; parameters, norms and softmax stay float32.
     config.model.dtype = "float32"

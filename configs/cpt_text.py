@@ -1,48 +1,77 @@
 """CPT-text (Neelakantan et al., arXiv 2201.10005): a causal encoder, the last token's vector, very large batches.
 
-  bash launch/local.sh --config=configs/cpt_text.py:s --config.data.dir=DIR        (on a machine with the memory)
+  bash launch/tpu.sh run --name=cpt --zone=ZONE --type=v5litepod-256 -- --config=configs/cpt_text.py:s --workdir=gs://B/cpt ...
+  python -m contrastive_jax.plan --config=configs/cpt_text.py:s --target=tpu:v5e:16x16
 
-`:s` is the paper's S: 300M parameters, embedding 1,024, batch 12,288. The paper starts from GPT weights and does not give
-its learning rate, span lengths or number of steps: here spans have 64 to 510 tokens, and an epoch of the Pile at 2 × 287
-tokens a pair is some 50,000 steps. Not trained at this size by us: no figure is claimed.
+Widths and batches are the paper's table 1; layers and heads are GPT-3's of that size. PLANS
 """
+
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
 from configs import base
 
 
+class Size(NamedTuple):
+    """One line of the table: the model, the batch, and how it lies on the smallest sensible slice."""
+
+    layers: int
+    width: int
+    heads: int
+    batch_size: int
+    learning_rate: float
+    remat: str
+    micro_batch: int
+    fsdp: int
+    tensor: int
+
+
+SIZES = {
+    "s": Size(24, 1024, 16, 12_288, 2e-4, "attention", 0, 16, 1),
+    "m": Size(24, 2048, 16, 6_912, 2e-4, "attention", 0, 32, 1),
+    # The paper's 5,896 does not divide over 512 chips: the nearest multiple is 6,144.
+    "l": Size(32, 4096, 32, 6_144, 1.2e-4, "full", 0, 64, 1),
+    # The paper's 4,976 does not divide over 4,096 chips in groups of 16: the nearest multiple of 256 is 4,864.
+    "xl": Size(96, 12288, 96, 4_864, 6e-5, "full", 0, 256, 16),
+}
+
+
 def get_config(size: str = "s") -> ConfigDict:
     config = base.get_config()
-    if size != "s":
-        raise ValueError(f"configs/cpt_text.py:{size}: there is :s")
+    if size not in SIZES:
+        raise ValueError(f"configs/cpt_text.py:{size}: there is {', '.join(f':{name}' for name in SIZES)}")
+    chosen = SIZES[size]
     config.steps = 50_000
     config.log_every = 50
     config.eval_every = 1000
     config.checkpoint_every = 1000
+    config.micro_batch = chosen.micro_batch
 
-    config.data.batch_size = 12_288
+    config.data.batch_size = chosen.batch_size
     config.data.length = 512
     config.data.min_span = 64
     config.data.max_span = 510
 
-    config.model.num_layers = 24
-    config.model.d_model = 1024
-    config.model.num_heads = config.model.num_kv_heads = 16
-    config.model.head_dim = 64
-    config.model.d_ff = 4096
+    config.model.num_layers = chosen.layers
+    config.model.d_model = chosen.width
+    config.model.num_heads = config.model.num_kv_heads = chosen.heads
+    config.model.head_dim = chosen.width // chosen.heads
+    config.model.d_ff = 4 * chosen.width
     config.model.causal = True
     config.model.position = "learned"
     config.model.pooling = "eos"
-    config.model.remat = "full"
+    # Biases are a column sum each in the backward pass, which TPUs do slowly: a tenth of its time.
+    config.model.bias = False
+    config.model.remat = chosen.remat
     config.model.dtype = "bfloat16"
 
-    config.optim.learning_rate = 2e-4
+    config.optim.learning_rate = chosen.learning_rate
     config.optim.weight_decay = 0.1
     config.optim.warmup_steps = 2000
     config.optim.end_factor = 0.1
 
-    # Parameters and moments are spread over every device; the batch too.
-    config.mesh.data = 1
-    config.mesh.fsdp = -1
+    config.mesh.data = -1
+    config.mesh.fsdp = chosen.fsdp
+    config.mesh.tensor = chosen.tensor
     return config

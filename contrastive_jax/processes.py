@@ -1,6 +1,7 @@
 """Several processes as one run: joining, agreeing, ending together."""
 
 import hashlib
+import os
 import signal
 from typing import Any
 
@@ -32,6 +33,15 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
         jax.distributed.initialize()
     elif all(given):
         jax.distributed.initialize(coordinator, num_processes, process_id)
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs between runs, in ~/.cache/contrastive_jax unless JAX_COMPILATION_CACHE_DIR names another folder.
+
+    Not on CPU: programs that JAX 0.10 reads back there have given other losses than those just compiled, or crashed.
+    """
+    if jax.default_backend() != "cpu" and not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/contrastive_jax"))
 
 
 def check_agreement(**values: str) -> None:

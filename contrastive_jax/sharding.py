@@ -3,11 +3,14 @@
 Axes are Auto throughout: XLA inserts the collectives (jax.sharding.AxisType.Auto).
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -42,7 +45,12 @@ def make_mesh(config: ConfigDict, devices: list | None = None) -> Mesh:
     if len(devices) % known or (-1 not in sizes and known != len(devices)):
         raise ValueError(f"{shown}: must multiply to the {len(devices)} devices there are (-1 takes what remains)")
     shape = tuple(len(devices) // known if size == -1 else size for size in sizes)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    except NotImplementedError:
+        logging.warning("%s: no products of axes of the slice's torus; rings that do not close carry half as much", shown)
+        split = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(split, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, path: str) -> P:
@@ -84,7 +92,7 @@ def tree_shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:
 
 def shards(mesh: Mesh) -> int:
     """Into how many parts the batch is spread."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return math.prod(mesh.shape[axis] for axis in BATCH[0])
 
 
 def rows_of_process(batch_size: int, mesh: Mesh) -> np.ndarray:

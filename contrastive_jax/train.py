@@ -216,6 +216,7 @@ def main(argv: list[str]) -> None:
     del argv
     with cli.user_errors():
         processes.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, CLUSTER.value)
+        processes.enable_compilation_cache()
         setup = set_up(CONFIG.value, epath.Path(WORKDIR.value))
     logging.info("%d devices in %d processes, mesh %s", jax.device_count(), jax.process_count(), dict(setup.run.mesh.shape))
     logging.info("parameters\n%s", parameter_overview.get_parameter_overview(setup.run.shapes.params, include_stats=False))

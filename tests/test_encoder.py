@@ -145,7 +145,7 @@ def test_zero_branches_start_as_the_bag() -> None:
     np.testing.assert_allclose(model.apply(params, tokens, mask, None), bag.apply(table, tokens, mask, None), atol=1e-6)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", "attention", "full"])
 def test_remat_changes_no_gradient(remat: str) -> None:
     tokens, mask = rows()
 

@@ -9,7 +9,7 @@ Dimensions: n rows, l query tokens, s key tokens, h heads, g key-value heads, r 
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -38,26 +38,49 @@ class Noise(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How activations lie on the mesh; the default: one device.
+    """How activations and parameters lie on the mesh; the default: one device.
 
     Attributes:
       mesh: the mesh or None.
       batch: the mesh axes over which rows are spread.
-      tensor: the mesh axis over which heads are spread.
+      tensor: the mesh axis over which heads and widths are spread, in use too; over all others parameters are only stored.
+      rules: logical axis of a parameter → mesh axis or None.
     """
 
     mesh: Mesh | None = None
     batch: tuple[str, ...] = ()
     tensor: str | None = None
+    rules: Mapping[str, str | None] = {}
 
     def rows(self, x: jax.Array) -> jax.Array:
         """Keeps x[n ...] spread by rows: left alone, the compiler may spread the width as it does the parameters'."""
         return x if self.mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(self.batch)))
 
+    def gather(self, parameter: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+        """A stored parameter, cast already, as it is used: whole but for the tensor axis; its gradient is spread again."""
+        if self.mesh is None:
+            return parameter
+        stored = [self.rules[axis] if axis else None for axis in axes]
+        used = [axis if axis == self.tensor else None for axis in stored]
+        return gathered(parameter, NamedSharding(self.mesh, P(*used)), NamedSharding(self.mesh, P(*stored)))
+
     @property
     def platform(self) -> str:
         """Of the mesh's devices, present or only described."""
         return jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gathered(x: jax.Array, used: NamedSharding, stored: NamedSharding) -> jax.Array:
+    """The identity: x lies as `used`, its gradient as `stored`. A plain constraint would have the gradient whole as well."""
+    del stored
+    return jax.lax.with_sharding_constraint(x, used)
+
+
+gathered.defvjp(
+    lambda x, used, stored: (gathered(x, used, stored), None),
+    lambda used, stored, _, gradient: (jax.lax.with_sharding_constraint(gradient, stored),),
+)
 
 
 def hash32(x: jax.Array) -> jax.Array:
@@ -269,6 +292,7 @@ def forward_kernel(
     shape: Shape, window: Any, offset: Any, second: Any, row: Any, query: Any, key: Any, value: Any, segment: Any, out: Any
 ) -> None:
     """One grid step forward: rows × heads, each whole in VMEM."""
+    scale = jnp.asarray(shape.width**-0.5, query.dtype)
     for i in range(shape.rows):
         number = row[pl.program_id(0) * shape.rows + i]
         for start, size, keys in blocks(shape, segment.shape[-1]):
@@ -276,7 +300,7 @@ def forward_kernel(
             bias = bias_of(shape, segment[i], window[0], start, size, keys)
             for head in each_head(shape):
                 q, k, v = head.of(query[i, rows, head.query]), key[i, :keys, head.key], value[i, :keys, head.key]
-                weights, inverse = weights_of(dot(q, k, (1, 1)) + bias)
+                weights, inverse = weights_of(dot(q * scale, k, (1, 1)) + bias)
                 keep = keep_factor(shape, second, number, first_head(shape, offset) + head.number, start, size, keys)
                 weights = weights if keep is None else weights * keep
                 mixed = dot(weights.astype(v.dtype), v, (1, 0)) * inverse
@@ -302,6 +326,7 @@ def backward_kernel(
     value_sum: Any,
 ) -> None:
     """One grid step backward: the weights are computed again, and all three gradients from them."""
+    scale = jnp.asarray(shape.width**-0.5, query.dtype)
     for i in range(shape.rows):
         number = row[pl.program_id(0) * shape.rows + i]
         key_sum[...] = jnp.zeros_like(key_sum)
@@ -312,6 +337,7 @@ def backward_kernel(
             for head in each_head(shape):
                 q, k, v = head.of(query[i, rows, head.query]), key[i, :keys, head.key], value[i, :keys, head.key]
                 given = head.of(gradient[i, rows, head.query])
+                q = q * scale
                 weights, inverse = weights_of(dot(q, k, (1, 1)) + bias)
                 weights = weights * inverse
                 keep = keep_factor(shape, second, number, first_head(shape, offset) + head.number, start, size, keys)
@@ -319,7 +345,7 @@ def backward_kernel(
                 towards = dot(given, v, (1, 1))
                 towards = towards if keep is None else towards * keep
                 change = (weights * (towards - (weights * towards).sum(-1, keepdims=True))).astype(q.dtype)
-                moved = head.of(dot(change, k, (1, 0)).astype(query_gradient.dtype))
+                moved = head.of((dot(change, k, (1, 0)) * scale).astype(query_gradient.dtype))
                 query_gradient[i, rows, head.query] = query_gradient[i, rows, head.query] + moved if head.half else moved
                 key_sum[:keys, head.key] += dot(change, q, (0, 0))
                 value_sum[:keys, head.key] += dot(used, given, (0, 0))
@@ -349,14 +375,17 @@ def call(shape: Shape, kernel: Callable, name: str, arguments: tuple, outputs: i
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=64 * 2**20),
         interpret=interpret,
         name=name,
-        # The plan multiplies the kernel's scheduled instructions by it.
-        metadata={"grid_steps": str(math.prod(grid))},
+        # For the plan: how often the scheduled instructions run, and the products that count.
+        metadata={
+            "grid_steps": str(math.prod(grid)),
+            "kernel_flops": str((10 if outputs > 1 else 4) * n * length * length * width),
+        },
     )(*arguments)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def rows_attention(shape: Shape, interpret: bool, query: jax.Array, key: jax.Array, value: jax.Array, rest: tuple) -> jax.Array:
-    """Attention of one device: query [n l h·k], already scaled, key and value [n l g·k]; rest: the scalars, segment."""
+    """Attention of one device: query [n l h·k], key and value [n l g·k]; rest: the scalars, segment."""
     *scalars, segment = rest
     arguments = (*scalars, query, key, value, segment)
     return call(shape, forward_kernel, "attention_forward", arguments, 1, interpret)[0]
@@ -449,7 +478,7 @@ def fused(
 
     padded = jnp.pad(segment, ((0, 0), (0, length - real)))[:, None]
     size = jnp.full(1, 0 if window is None else window, jnp.int32)
-    arguments = (flat(query / k**0.5), flat(key), flat(value), row, padded, size, second[None])
+    arguments = (flat(query), flat(key), flat(value), row, padded, size, second[None])
     if layout.mesh is not None:
         heads, rows = P(layout.batch, None, layout.tensor), P(layout.batch)
         local = jax.shard_map(

@@ -21,7 +21,7 @@ CHOICES = {
     "position": ("learned", "rotary", "none"),
     "pooling": ("mean", "cls", "eos"),
     "attention": ("auto", "plain", "fused"),
-    "remat": ("none", "dots", "full"),
+    "remat": ("none", "dots", "attention", "full"),
     "dtype": ("float32", "bfloat16"),
 }
 
@@ -56,7 +56,7 @@ class TextEncoder(nnx.Module):
         self.config = config
         self.transformer = transformer.Transformer(config, vocab_size, length, attend, layout, rngs)
         self.projection = (
-            transformer.Linear(config, (config.d_model, config.embedding_dim), ("embed", None), rngs)
+            transformer.Linear(config, layout, (config.d_model, config.embedding_dim), ("embed", None), rngs)
             if config.embedding_dim
             else None
         )

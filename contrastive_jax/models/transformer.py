@@ -4,12 +4,14 @@ Dimensions: n rows, l query tokens, s key tokens, d width, h heads, g key-value 
 Parameters carry the names of their logical axes in the metadata `axes`; `sharding.py` maps these to the mesh.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.nn import initializers
 from ml_collections import ConfigDict
 
@@ -42,22 +44,25 @@ class Norm(nnx.Module):
         self.bias = parameter(rngs, initializers.zeros, (config.d_model,), (None,)) if self.centred and config.bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalises x[... d]."""
+        """Normalises x[... d]; one pass over x finds both statistics."""
         y = x.astype(jnp.float32)
+        scale = jnp.square(y).mean(-1, keepdims=True)
         if self.centred:
-            y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-5) * self.scale[...]
+            mean = y.mean(-1, keepdims=True)
+            y, scale = y - mean, jnp.maximum(scale - jnp.square(mean), 0)
+        y = y * jax.lax.rsqrt(scale + 1e-5) * self.scale[...]
         if self.bias is not None:
             y = y + self.bias[...]
         return y.astype(x.dtype)
 
 
 class Linear(nnx.Module):
-    """y[n l *out] = x[n l *in] · kernel[*in *out] (+ bias[*out]), computed in the type of x."""
+    """y[n l out] = x[n l in] · kernel[in out] (+ bias[out]) in the type of x, where heads × width count as one axis."""
 
     def __init__(
         self,
         config: ConfigDict,
+        layout: Layout,
         shape: tuple[int, ...],
         axes: tuple[str | None, ...],
         rngs: nnx.Rngs,
@@ -66,14 +71,16 @@ class Linear(nnx.Module):
     ):
         std = config.init_std if init_std is None else init_std
         init = initializers.normal(std) if std else initializers.zeros
-        self.contract = contract
+        self.contract, self.axes, self.layout = contract, axes, layout
         self.kernel = parameter(rngs, init, shape, axes)
         self.bias = parameter(rngs, initializers.zeros, shape[contract:], axes[contract:]) if config.bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps x[n l *in] to [n l *out]."""
-        y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), self.contract)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        """Maps x[n l in] to [n l out]."""
+        kernel = self.layout.gather(self.kernel[...].astype(x.dtype), self.axes)
+        # A product with more than two axes would leave its result in a layout that must be copied for attention.
+        y = x @ kernel.reshape(math.prod(kernel.shape[: self.contract]), -1)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype).reshape(-1)
 
 
 class Rows(NamedTuple):
@@ -97,31 +104,33 @@ class Rows(NamedTuple):
 class Attention(nnx.Module):
     """Multi-head attention, full or grouped, with rotary positions where the config says so."""
 
-    def __init__(self, config: ConfigDict, attend: Attend, out_std: float, rngs: nnx.Rngs):
+    def __init__(self, config: ConfigDict, attend: Attend, layout: Layout, out_std: float, rngs: nnx.Rngs):
         self.config, self.attend = config, attend
         d, h, g, k = config.d_model, config.num_heads, config.num_kv_heads, config.head_dim
-        self.query = Linear(config, (d, h, k), ("embed", "heads", None), rngs)
-        self.key = Linear(config, (d, g, k), ("embed", "kv_heads", None), rngs)
-        self.value = Linear(config, (d, g, k), ("embed", "kv_heads", None), rngs)
-        self.out = Linear(config, (h, k, d), ("heads", None, "embed"), rngs, contract=2, init_std=out_std)
+        self.query = Linear(config, layout, (d, h, k), ("embed", "heads", None), rngs)
+        self.key = Linear(config, layout, (d, g, k), ("embed", "kv_heads", None), rngs)
+        self.value = Linear(config, layout, (d, g, k), ("embed", "kv_heads", None), rngs)
+        self.out = Linear(config, layout, (h, k, d), ("heads", None, "embed"), rngs, contract=2, init_std=out_std)
 
     def __call__(self, x: jax.Array, rows: Rows) -> jax.Array:
         """Maps x[n l d] to [n l d]."""
-        query, key, value = self.query(x), self.key(x), self.value(x)
+        heads = [checkpoint_name(y, "heads") for y in (self.query(x), self.key(x), self.value(x))]
+        query, key, value = (y.reshape(*x.shape[:2], -1, self.config.head_dim) for y in heads)
         if self.config.position == "rotary":
             query, key = rotate(query, rows.position, rows.theta), rotate(key, rows.position, rows.theta)
-        return self.out(self.attend(query, key, value, rows.segment, rows.window, rows.noise))
+        mixed = self.attend(query, key, value, rows.segment, rows.window, rows.noise).reshape(*x.shape[:2], -1)
+        return self.out(checkpoint_name(mixed, "mixed"))
 
 
 class Mlp(nnx.Module):
     """Feed-forward branch: GELU (BERT, GPT) or gated (GLU variants, Shazeer, arXiv 2002.05202)."""
 
-    def __init__(self, config: ConfigDict, out_std: float, rngs: nnx.Rngs):
+    def __init__(self, config: ConfigDict, layout: Layout, out_std: float, rngs: nnx.Rngs):
         d, f = config.d_model, config.d_ff
         self.activation = ACTIVATIONS[config.mlp]
-        self.up = Linear(config, (d, f), ("embed", "mlp"), rngs)
-        self.gate = Linear(config, (d, f), ("embed", "mlp"), rngs) if config.mlp != "gelu" else None
-        self.down = Linear(config, (f, d), ("mlp", "embed"), rngs, init_std=out_std)
+        self.up = Linear(config, layout, (d, f), ("embed", "mlp"), rngs)
+        self.gate = Linear(config, layout, (d, f), ("embed", "mlp"), rngs) if config.mlp != "gelu" else None
+        self.down = Linear(config, layout, (f, d), ("mlp", "embed"), rngs, init_std=out_std)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x[n l d] to [n l d]."""
@@ -132,14 +141,14 @@ class Mlp(nnx.Module):
 class Block(nnx.Module):
     """Attention and feed-forward, each on a residual branch with its norm before (pre) or after (post) it."""
 
-    def __init__(self, config: ConfigDict, attend: Attend, rngs: nnx.Rngs):
+    def __init__(self, config: ConfigDict, attend: Attend, layout: Layout, rngs: nnx.Rngs):
         # GPT-2's scaling of the branches' outputs, or zero: the block then starts as the identity.
         out_std = 0.0 if config.zero_init_branches else config.init_std / (2 * config.num_layers) ** 0.5
         self.config = config
         self.attention_norm = Norm(config, rngs)
-        self.attention = Attention(config, attend, out_std, rngs)
+        self.attention = Attention(config, attend, layout, out_std, rngs)
         self.mlp_norm = Norm(config, rngs)
-        self.mlp = Mlp(config, out_std, rngs)
+        self.mlp = Mlp(config, layout, out_std, rngs)
 
     def __call__(self, x: jax.Array, rows: Rows) -> jax.Array:
         """Maps x[n l d] to [n l d]; dropout where `rows.noise` is given."""
@@ -164,7 +173,7 @@ class Transformer(nnx.Module):
             parameter(rngs, init, (length, config.d_model), (None, "embed")) if config.position == "learned" else None
         )
         self.embedding_norm = Norm(config, rngs) if config.embedding_norm else None
-        blocks = nnx.vmap(lambda r: Block(config, attend, r))
+        blocks = nnx.vmap(lambda r: Block(config, attend, layout, r))
         self.blocks = blocks(rngs.split(config.num_layers)) if config.num_layers else None
         self.final_norm = Norm(config, rngs) if config.final_norm else None
 
@@ -177,7 +186,7 @@ class Transformer(nnx.Module):
         if noise is not None:
             keys = jax.random.split(noise.key, c.num_layers + 1)
             first, later = Noise(keys[-1], noise.row), Noise(keys[:-1], noise.row)
-        x = self.layout.rows(self.embedding[...][tokens])
+        x = self.layout.rows(self.layout.gather(self.embedding[...], ("vocab", "embed"))[tokens])
         if self.position_embedding is not None:
             x = x + (self.position_embedding[: tokens.shape[1]] if position is None else self.position_embedding[...][position])
         if self.embedding_norm is not None:
@@ -215,4 +224,10 @@ def remat(body: Callable, policy: str) -> Callable:
     saved = jax.checkpoint_policies
     if policy == "none":
         return body
-    return jax.checkpoint(body, policy={"dots": saved.dots_with_no_batch_dims_saveable, "full": saved.nothing_saveable}[policy])
+    names = saved.save_only_these_names("heads", "mixed")
+    chosen = {
+        "dots": saved.save_from_both_policies(saved.dots_with_no_batch_dims_saveable, names),
+        "attention": names,
+        "full": saved.nothing_saveable,
+    }
+    return jax.checkpoint(body, policy=chosen[policy])
