@@ -96,9 +96,12 @@ def get_config() -> ConfigDict:
     config.model.pooling = "mean"
     # Width of the embedding after a linear projection; 0: d_model, no projection.
     config.model.embedding_dim = 0
-    # What the backward pass recomputes: "none", "dots" (all but matrix products and attention), "attention" (all but attention
-    # and what goes into it) or "full".
+    # What the backward pass recomputes: "none", "dots" (all but matrix products and attention), "attention" (all but
+    # attention) or "full". More saved is not always faster: what the layers' loop saves it writes and reads back.
     config.model.remat = "none"
+    # Blocks as one loop. Without it a step is faster, since a loop writes what it saves into stacks and reads it back, but
+    # its compile time grows with the layers.
+    config.model.scan = True
     # Type of activations and matrix products, "float32" or "bfloat16"; parameters, norms and softmax stay float32.
     config.model.dtype = "float32"
 

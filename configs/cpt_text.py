@@ -22,18 +22,18 @@ class Size(NamedTuple):
     batch_size: int
     learning_rate: float
     remat: str
-    micro_batch: int
     fsdp: int
     tensor: int
 
 
 SIZES = {
-    "s": Size(24, 1024, 16, 12_288, 2e-4, "attention", 0, 16, 1),
-    "m": Size(24, 2048, 16, 6_912, 2e-4, "attention", 0, 32, 1),
+    "s": Size(24, 1024, 16, 12_288, 2e-4, "attention", 16, 1),
+    "s-gpu": Size(24, 1024, 16, 12_288, 2e-4, "full", 8, 1),
+    "m": Size(24, 2048, 16, 6_912, 2e-4, "attention", 32, 1),
     # The paper's 5,896 does not divide over 512 chips: the nearest multiple is 6,144.
-    "l": Size(32, 4096, 32, 6_144, 1.2e-4, "full", 0, 64, 1),
-    # The paper's 4,976 does not divide over 4,096 chips in groups of 16: the nearest multiple of 256 is 4,864.
-    "xl": Size(96, 12288, 96, 4_864, 6e-5, "full", 0, 256, 16),
+    "l": Size(32, 4096, 32, 6_144, 1.2e-4, "full", 64, 1),
+    # The paper's 4,976 does not divide over 4,096 chips in groups of 4: the nearest multiple of 1,024 is 5,120.
+    "xl": Size(96, 12288, 96, 5_120, 6e-5, "full", 1024, 4),
 }
 
 
@@ -46,7 +46,6 @@ def get_config(size: str = "s") -> ConfigDict:
     config.log_every = 50
     config.eval_every = 1000
     config.checkpoint_every = 1000
-    config.micro_batch = chosen.micro_batch
 
     config.data.batch_size = chosen.batch_size
     config.data.length = 512

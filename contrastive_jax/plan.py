@@ -52,6 +52,7 @@ class Compiled(NamedTuple):
 def prepare(target: hardware.Target, dump: pathlib.Path) -> None:
     """Lets the compilers start where their devices are not. Before JAX first looks for devices."""
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nothing here holds a TPU
     os.environ["LIBTPU_INIT_ARGS"] = (
         f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=.*final_bundles.*"
     )

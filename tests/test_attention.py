@@ -63,7 +63,7 @@ def check(
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("length", [5, 128, 130, 300])
+@pytest.mark.parametrize("length", [5, 130, 300])
 def test_kernel_equals_plain(causal: bool, length: int) -> None:
     config = model(causal=causal)
     layout = attention.Layout()

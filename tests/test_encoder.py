@@ -145,16 +145,35 @@ def test_zero_branches_start_as_the_bag() -> None:
     np.testing.assert_allclose(model.apply(params, tokens, mask, None), bag.apply(table, tokens, mask, None), atol=1e-6)
 
 
-@pytest.mark.parametrize("remat", ["dots", "attention", "full"])
-def test_remat_changes_no_gradient(remat: str) -> None:
+@pytest.mark.parametrize(("remat", "scan"), [("dots", True), ("attention", False), ("full", True)])
+def test_remat_and_the_loop_change_no_gradient(remat: str, scan: bool) -> None:
     tokens, mask = rows()
 
     def gradient(config: ConfigDict) -> dict:
         model, params = make(config)
         return jax.jit(jax.grad(lambda p: jnp.sum(model.apply(p, tokens, mask, jax.random.key(5))[:, :3])))(params)
 
-    plain, again = gradient(model_config(dropout=0.2)), gradient(model_config(dropout=0.2, remat=remat))
+    plain, again = gradient(model_config(dropout=0.2)), gradient(model_config(dropout=0.2, remat=remat, scan=scan))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), plain, again)
+
+
+def test_local_layers_see_so_far_and_turn_by_their_own_theta() -> None:
+    tokens, mask = rows()
+    # Wide windows and one theta: what all layers do.
+    wide = dict(position="rotary", local_window=LENGTH, global_every=2, rope_theta=100.0, local_rope_theta=100.0)
+    model, params = make(model_config(**wide))
+    plain, _ = make(model_config(position="rotary", rope_theta=100.0))
+    np.testing.assert_allclose(model.apply(params, tokens, mask), plain.apply(params, tokens, mask), atol=1e-6)
+    theta, _ = make(model_config(**wide | {"local_rope_theta": 2.0}))
+    assert jnp.abs(theta.apply(params, tokens, mask) - plain.apply(params, tokens, mask)).max() > 1e-3
+    # The first layer mixes nothing here; the second lets the first token see the two after it.
+    local, params = make(model_config(position="none", local_window=2, global_every=2, pooling="cls"))
+    out = params["transformer"]["blocks"]["attention"]["out"]
+    params["transformer"]["blocks"]["attention"]["out"] = {"kernel": out["kernel"].at[0].set(0), "bias": out["bias"]}
+    before = local.apply(params, tokens, mask)
+    for place, seen in ((2, True), (3, False)):
+        after = local.apply(params, tokens.at[4, place].set((tokens[4, place] + 1) % VOCAB), mask)
+        assert bool(jnp.abs(after[4] - before[4]).max() > 1e-4) == seen
 
 
 def test_dropout_follows_its_key() -> None:

@@ -56,7 +56,7 @@ def test_a_pod_trains_is_preempted_and_comes_back(
 ) -> None:
     workdir = tmp_path / "bucket with space" / "run"
     training = [*overrides("debug", dataset), "--config=configs/debug.py", f"--workdir={workdir}"]
-    training += ["--config.steps=150", "--config.checkpoint_every=10", "--config.log_every=10"]
+    training += ["--config.steps=60", "--config.checkpoint_every=10", "--config.log_every=10"]
     run = subprocess.Popen(
         [*TPU, "run", *POD, "--queued", "--", *training],
         env=environment,
@@ -77,12 +77,13 @@ def test_a_pod_trains_is_preempted_and_comes_back(
     assert "training: lost PREEMPTED" in output and "starting again (1)" in output
     resumed = re.search(r"resuming from .*/(\d+)", output)
     assert resumed and int(resumed[1]) >= 10
-    assert "training: exit 0" in output and 150 in saved(workdir)
+    assert "training: exit 0" in output and 60 in saved(workdir)
     verbs = [request[2:4] for request in requests(environment)]
     assert verbs.count(["queued-resources", "create"]) == 2
     assert verbs.count(["queued-resources", "delete"]) == 1
 
 
+@pytest.mark.slow
 def test_stop_saves_and_a_failed_training_gives_its_status(
     dataset: pathlib.Path, tmp_path: pathlib.Path, environment: dict[str, str]
 ) -> None:

@@ -142,6 +142,7 @@ def test_the_command_on_eight_cpus(dataset: pathlib.Path, tmp_path: pathlib.Path
     assert found["pairs_per_second"] == pytest.approx(16 / found["step_seconds"])
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_says_what_would(dataset: pathlib.Path) -> None:
     batch = 2**20  # 2 × 24 tokens × 32 wide and 4 heads: 100 GB of activations
     done = command(
@@ -168,7 +169,7 @@ def test_an_unknown_target_lists_what_there_is() -> None:
 
 SHIPPED = [
     ("cpt_text.py:s", "tpu:v5e:16x16"),
-    ("cpt_text.py:s", "gpu:h100:4x8"),
+    ("cpt_text.py:s-gpu", "gpu:h100:4x8"),
     ("cpt_text.py:m", "tpu:v5p:4x4x8"),
     ("cpt_text.py:l", "tpu:v5p:8x8x8"),
     ("cpt_text.py:xl", "tpu:v5p:16x16x16"),

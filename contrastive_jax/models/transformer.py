@@ -114,7 +114,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, rows: Rows) -> jax.Array:
         """Maps x[n l d] to [n l d]."""
-        heads = [checkpoint_name(y, "heads") for y in (self.query(x), self.key(x), self.value(x))]
+        heads = (self.query(x), self.key(x), self.value(x))
         query, key, value = (y.reshape(*x.shape[:2], -1, self.config.head_dim) for y in heads)
         if self.config.position == "rotary":
             query, key = rotate(query, rows.position, rows.theta), rotate(key, rows.position, rows.theta)
@@ -216,7 +216,12 @@ class Transformer(nnx.Module):
         # ModernBERT's order: the first of every `global_every` layers attends to all tokens.
         everywhere = jnp.arange(c.num_layers) % c.global_every == 0
         keys = None if rows.noise is None else rows.noise.key
-        return jax.lax.scan(remat(body, c.remat), x, (stacked, keys, everywhere))[0]
+        layers, body = (stacked, keys, everywhere), remat(body, c.remat)
+        if c.scan:
+            return jax.lax.scan(body, x, layers)[0]
+        for number in range(c.num_layers):
+            x, _ = body(x, jax.tree.map(lambda leaf, i=number: leaf[i], layers))
+        return x
 
 
 def remat(body: Callable, policy: str) -> Callable:
@@ -224,7 +229,7 @@ def remat(body: Callable, policy: str) -> Callable:
     saved = jax.checkpoint_policies
     if policy == "none":
         return body
-    names = saved.save_only_these_names("heads", "mixed")
+    names = saved.save_only_these_names("mixed")
     chosen = {
         "dots": saved.save_from_both_policies(saved.dots_with_no_batch_dims_saveable, names),
         "attention": names,

@@ -143,7 +143,10 @@ class Model:
         """Scheduled instruction bundles of one grid step of a kernel, from the compiler's dump; 0: there is none."""
         if self._schedules is None:
             return 0
-        for path in self._schedules.glob(f"*-{name}-*schedule-analysis_final_bundles.txt"):
+        # The compiler dumps equal kernels once, under the name of one of them.
+        patterns = (f"*-{name}-*", f"*-{name.partition('.')[0]}.*")
+        paths = [path for pattern in patterns for path in self._schedules.glob(f"{pattern}schedule-analysis_final_bundles.txt")]
+        for path in paths:
             if found := re.search(r"total scheduled bundles:\s+(\d+)", path.read_text()):
                 return int(found[1])
         return 0
