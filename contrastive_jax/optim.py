@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from absl import logging
 from ml_collections import ConfigDict
@@ -60,7 +61,8 @@ def schedule(config: ConfigDict, steps: int) -> Callable[[Any], Any]:
         "cosine": optax.cosine_decay_schedule(peak, rest, config.end_factor),
         "linear": optax.linear_schedule(peak, peak * config.end_factor, rest),
         # Continuous at the end of the warm-up: peak · sqrt(w / step), counted from step w (Vaswani et al., §5.3).
-        "rsqrt": lambda step: peak * (max(warmup, 1) / (step + max(warmup, 1))) ** 0.5,
+        # join_schedules asks for steps before the warm-up's end too, which count from below zero here.
+        "rsqrt": lambda step: peak * jnp.sqrt(max(warmup, 1) / (jnp.maximum(step, 0) + max(warmup, 1))),
         "constant": optax.constant_schedule(peak),
     }[config.schedule]
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup]) if warmup else decay

@@ -55,6 +55,7 @@ def test_every_key_is_read(dataset: pathlib.Path, tmp_path: pathlib.Path, monkey
     monkeypatch.setattr(ConfigDict, "__getattr__", record)
     fit(config, tmp_path / "base")
     config.objective.update(name="siglip", queue=2, symmetric=False)  # keys that only these read
+    config.model.local_window = 2
     fit(config, tmp_path / "queue")
     assert not leaves - seen
 
@@ -217,7 +218,7 @@ def test_processes_that_differ_refuse_to_start(dataset: pathlib.Path, tmp_path: 
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("--config.model.dropuot=0.1", "unknown key 'dropuot'; there are: attention_dropout, bias"),
+        ("--config.model.dropuot=0.1", "unknown key 'dropuot'; there are: attention, attention_dropout, bias"),
         ("--config.steps=many", "--config.steps=many"),
         ("--config.steps=0", "config.steps=0: must be at least 1"),
         ("--config=configs/absent.py", "absent.py"),
