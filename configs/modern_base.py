@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
     config.model.local_window = 64
     config.model.global_every = 3
     config.model.bias = False
-    config.model.remat = "attention"
+    config.model.remat = "full"
     config.model.dtype = "bfloat16"
 
     config.optim.learning_rate = 8e-4

@@ -265,7 +265,7 @@ PartitionName=main Nodes=ALL Default=YES State=UP
 def test_slurm_runs_two_nodes_and_requeues(
     slurm: dict[str, str], dataset: pathlib.Path, tmp_path: pathlib.Path, environment: dict[str, str]
 ) -> None:
-    environment = environment | slurm
+    environment = slurm | environment
     workdir, log = tmp_path / "run", tmp_path / "job.log"
     training = [*overrides("debug", dataset), f"--workdir={workdir}", "--config.steps=60", "--config.checkpoint_every=0"]
 

@@ -68,7 +68,7 @@ def test_every_command_of_the_readme_is_run(tmp_path: pathlib.Path) -> None:
             words += [*SMALL_RUN, "--config.mesh.fsdp=1", "--config.model.num_layers=2"]
         if "--cluster" in words:  # there is no pod here: the same command as the only process
             words[words.index("--cluster")] = "--coordinator=127.0.0.1:17893"
-            words += ["--num_processes=1", "--process_id=0", "--config.model.num_layers=2"]
+            words += ["--num_processes=1", "--process_id=0", "--config.model.num_layers=2", "--config.mesh.fsdp=1"]
         words += {"contrastive_jax.prepare": SMALL_DATA, "contrastive_jax.train": SMALL_RUN}.get(words[2], [])
         done = subprocess.run(
             [sys.executable, *words[1:]], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
