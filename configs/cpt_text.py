@@ -10,7 +10,7 @@ estimate: utilisation and speed are upper bounds; jax 0.10.2, vocabulary 65,536)
   size    target             HBM, GiB of what there is   step     MFU    with recomputation   pairs/s
   :s      tpu:v5e:16x16       8.6 of 15.8                0.90 s   54 %   66 %                 13,600
   :s-gpu  gpu:h100:4x8       35.3 of 73.2                1.49 s   53 %   65 %  (roofline)      8,260
-  :m      tpu:v5p:4x4x8      34.8 of 95.7                1.40 s   65 %   74 %                  4,930
+  :m      tpu:v5p:4x4x8      19.7 of 95.7                1.43 s   64 %   78 %                  4,850
   :l      tpu:v5p:8x8x8       8.7 of 95.7                1.75 s   60 %   74 %                  3,510
   :xl     tpu:v5p:16x16x16   16.5 of 95.7                6.00 s   49 %   60 %                    853
 

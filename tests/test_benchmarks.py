@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 
@@ -20,6 +21,7 @@ def test_loss_memory() -> None:
     assert lines[-1].split()[0] == "64" and lines[-1].count("ms") == 4
 
 
+@pytest.mark.slow
 def test_grad_cache() -> None:
     lines = run("grad_cache.py", "--batches=16", "--micro_batch=8", "--timed=0")
     assert lines[-1].split()[0] == "16" and len(lines[-1].split()) == 5
