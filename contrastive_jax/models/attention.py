@@ -65,6 +65,13 @@ class Layout(NamedTuple):
         return gathered(parameter, NamedSharding(self.mesh, P(*used)), NamedSharding(self.mesh, P(*stored)))
 
     @property
+    def parts(self) -> tuple[int, int]:
+        """Into how many parts rows and heads are spread."""
+        if self.mesh is None:
+            return 1, 1
+        return math.prod(self.mesh.shape[axis] for axis in self.batch), self.mesh.shape[self.tensor] if self.tensor else 1
+
+    @property
     def platform(self) -> str:
         """Of the mesh's devices, present or only described."""
         return jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
@@ -124,8 +131,8 @@ def make(config: ConfigDict, layout: Layout) -> Attend:
     """
     platform, kind = layout.platform, config.attention
     if kind == "auto":
-        # Under 128 tokens XLA's own fusion of the whole row is as good. cuDNN has no dropout that is ours, and no float32.
-        on_tpu = platform == "tpu" and (config.head_dim * config.num_kv_heads) % LANES == 0
+        # The kernel's lanes hold whole heads. cuDNN has no dropout that is ours, and no float32.
+        on_tpu = platform == "tpu" and (config.num_kv_heads // layout.parts[1] * config.head_dim) % LANES == 0
         on_gpu = platform in ("gpu", "cuda") and config.dtype == "bfloat16" and not config.attention_dropout
         kind = "fused" if on_tpu or on_gpu else "plain"
     if kind == "plain":
@@ -433,14 +440,7 @@ def fused(
     if real > LONGEST:
         raise ValueError(f"config.data.length={real}: config.model.attention='fused' takes rows of at most {LONGEST} tokens")
     length = -(-real // LANES) * LANES
-    shards, tensor = (
-        (1, 1)
-        if layout.mesh is None
-        else (
-            math.prod(layout.mesh.shape[axis] for axis in layout.batch),
-            layout.mesh.shape[layout.tensor] if layout.tensor else 1,
-        )
-    )
+    shards, tensor = layout.parts
     groups = config.num_kv_heads // tensor
     if layout.platform == "tpu" and (groups * k) % LANES:
         raise ValueError(
