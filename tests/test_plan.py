@@ -73,6 +73,18 @@ def test_groups_of_devices(text: str, group: tuple[int, ...]) -> None:
     assert program.group_of(text, 8) == group
 
 
+def test_products_written_as_convolutions() -> None:
+    text = """
+ENTRY %main (a: bf16[1,96,768], b: bf16[12,768,64]) -> bf16[12,96,64] {
+  %a = bf16[1,96,768]{2,1,0} parameter(0)
+  %b = bf16[12,768,64]{2,1,0} parameter(1)
+  ROOT %c = bf16[12,96,64]{2,1,0} convolution(%a, %b), window={size=12 pad=11_11 rhs_reversal=1}, dim_labels=0bf_0io->0bf
+}
+"""
+    parsed = program.parse(text)
+    assert program.product_flops(parsed, parsed.computations["main"][-1]) == 2 * 96 * 768 * 12 * 64
+
+
 def test_asynchronous_transfers_hide_behind_compute() -> None:
     text = """
 %wide (p: (s32[], f32[64,64])) -> (s32[], f32[64,64]) {

@@ -124,7 +124,7 @@ def product_flops(program: Program, instruction: Instruction) -> float:
         return sum(product_flops(program, inner) for inner in program.computations.get(called, []))
     outputs = arrays(instruction.shape)
     if instruction.opcode == "convolution":
-        return 2 * math.prod(outputs[0][1]) * convolution_depth(program, instruction)
+        return convolution_flops(program, instruction)
     contracting = re.search(r'lhs_contracting_dim(?:ension)?s"?[=:]\s*[{\[]([\d,"]*)[}\]]', instruction.line)
     if instruction.opcode == "dot" or (instruction.opcode == "custom-call" and contracting):
         sizes = operand_sizes(program, instruction, 0)
@@ -134,11 +134,16 @@ def product_flops(program: Program, instruction: Instruction) -> float:
     return 0.0
 
 
-def convolution_depth(program: Program, instruction: Instruction) -> float:
-    """What each output of a convolution sums over: the kernel's elements but for its output features."""
-    labels = re.search(r"dim_labels=\w+_(\w+)->", instruction.line)
-    sizes = operand_sizes(program, instruction, 1)
-    return math.prod(sizes) / max(sizes[labels[1].index("o")], 1) if labels and sizes else 0.0
+def convolution_flops(program: Program, instruction: Instruction) -> float:
+    """FLOPs of a convolution, as which TPU programs write products; padding, by which they write batches, counts nothing."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.line)
+    sizes = [operand_sizes(program, instruction, 0), operand_sizes(program, instruction, 1), arrays(instruction.shape)[0][1]]
+    if not labels or not all(sizes):
+        return 0.0
+    data, kernel, out = (dict(zip(text, size, strict=True)) for text, size in zip(labels.groups(), sizes, strict=True))
+    # A place of the kernel meets at most every output, and at most every input.
+    met = math.prod(kernel[axis] * min(out[axis], data[axis]) for axis in kernel if axis.isdigit())
+    return 2.0 * out["b"] * out["f"] * kernel["i"] * met
 
 
 def operand_sizes(program: Program, instruction: Instruction, place: int) -> tuple[int, ...]:
