@@ -23,7 +23,6 @@ def get_config() -> ConfigDict:
     config.data.length = 128
     config.data.min_span = 32
     config.data.max_span = 126
-    config.data.delimiters = True
 
     config.model.num_layers = 12
     config.model.d_model = 768

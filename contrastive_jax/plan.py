@@ -84,6 +84,8 @@ def compile_step(config: ConfigDict, mesh: Any, vocab_size: int) -> tuple[build_
 
 def plan(config: ConfigDict, target: hardware.Target, vocab_size: int, dump: pathlib.Path) -> dict[str, Any]:
     """Everything that is printed, as numbers."""
+    for path in dump.iterdir():  # kernels have the same names in each compilation of a search
+        path.unlink()
     mesh = sharding.make_mesh(config.mesh, hardware.devices(target))
     run, compiled = compile_step(config, mesh, vocab_size)
     params = run.shapes.params

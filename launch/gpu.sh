@@ -31,6 +31,9 @@ case "${1:-}" in
     ;;
 esac
 
+# JAX would take three quarters of the memory: the plan counts on this share (contrastive_jax/planning/hardware.py).
+export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-.92}"
+
 extra=cuda
 if [[ "${JAX_PLATFORMS:-}" == cpu ]]; then
   extra=""

@@ -62,7 +62,7 @@ class Model:
         here = hidden = added = 0.0
         seen: set[str] = set()
         for instruction in instructions:
-            if nested := self._nested(instruction):
+            if (nested := self._nested(instruction)) is not None:
                 total.update(nested)
                 continue
             cost = self._compute(instruction)

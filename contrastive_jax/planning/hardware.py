@@ -52,10 +52,10 @@ GPU_TARGETS = {
 }
 GPU_TARGET = """
 gpu_device_info {{
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: {7}
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: {8}
   threads_per_core_limit: 2048 core_count: {3} fpus_per_core: 64 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
   block_dim_limit_z: 65535 memory_bandwidth: {5} l2_cache_size: {6} clock_rate_ghz: {4} device_memory_size: {9}
-  shared_memory_per_block_optin: {8} cuda_compute_capability {{ major: {0} minor: {1} }}
+  shared_memory_per_block_optin: {7} cuda_compute_capability {{ major: {0} minor: {1} }}
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
 }}
 platform_name: "CUDA"
