@@ -56,8 +56,8 @@ def main(argv: list[str]) -> None:
     for batch in map(int, BATCHES.value):
         sizes = [temporaries(make(batch, m), batch) / 1e6 for m in (0, micro)]
         first = first or sizes[1]
-        # Embeddings float32 [v e]; tokens int32 and mask bool [v l].
-        data = (batch - int(BATCHES.value[0])) * 2 * (4 * dim + 5 * length) / 1e6
+        # Embeddings float32 [v e]; tokens and segment int32 [v l].
+        data = (batch - int(BATCHES.value[0])) * 2 * (4 * dim + 8 * length) / 1e6
         print(f"{batch:>7}{sizes[0]:>10,.0f}{sizes[1]:>10,.0f}{sizes[1] - first:>10,.1f}{4 * data:>10,.1f}", flush=True)
 
     b = TIMED.value
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
     rng = np.random.default_rng(0)
     host = {
         "tokens": rng.integers(8, VOCAB, (b, 2, length)).astype(np.int32),
-        "mask": np.ones((b, 2, length), bool),
+        "segment": np.ones((b, 2, length), np.int32),
         "doc": np.arange(b, dtype=np.int32),
         "text": np.arange(2 * b, dtype=np.int32).reshape(b, 2),
     }

@@ -59,7 +59,7 @@ def ours(shape: Shape, tokens: np.ndarray) -> Callable[[], None]:
     mesh = sharding.make_mesh(ConfigDict({"data": 1, "fsdp": 1, "tensor": 1}), jax.devices()[:1])
     run = build.build(config, mesh, shape.vocab)
     rows = np.arange(shape.pairs)
-    host = {"tokens": tokens, "mask": np.ones(tokens.shape, bool), "doc": rows.astype(np.int32)}
+    host = {"tokens": tokens, "segment": np.ones(tokens.shape, np.int32), "doc": rows.astype(np.int32)}
     host["text"] = np.arange(2 * shape.pairs, dtype=np.int32).reshape(-1, 2)
     state = run.init()
 

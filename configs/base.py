@@ -34,8 +34,13 @@ def get_config() -> ConfigDict:
     config.data.dir = "data/python"
     # Pairs in one global batch, over all devices and processes.
     config.data.batch_size = 256
-    # Tokens of one row: the longest span with its delimiters; shorter spans are padded.
+    # Tokens of one row: at least the longest span with its delimiters; what is left is padding.
     config.data.length = 64
+    # Packing: the spans of so many pairs share so many rows in each view (1 and 1: a row a span). Spans that do not fit are
+    # cut. Rows twice as long as the longest span fill well: 48 pairs of 64 to 510 tokens in 15 rows of 1024 fill 90 % and lose
+    # 0.4 % of the tokens, where a row of 512 a span is filled to 56 %. `fill` in the metrics tells.
+    config.data.pack_pairs = 1
+    config.data.pack_rows = 1
     # How two spans of a window become a positive pair: "neighbours".
     config.data.sampler = "neighbours"
     # Span lengths are uniform in [min_span, max_span]; the gap between them in [min_gap, max_gap] (0: adjacent).

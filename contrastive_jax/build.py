@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 from contrastive_jax import grad_cache, optim, sharding
 from contrastive_jax import step as step_lib
 from contrastive_jax.data import spans
-from contrastive_jax.models import attention
 from contrastive_jax.models import encoder as encoder_lib
+from contrastive_jax.models.layout import Layout
 from contrastive_jax.objectives import pairs
 from contrastive_jax.objectives import queue as queue_lib
 
@@ -55,7 +55,7 @@ def build(config: ConfigDict, mesh: Mesh, vocab_size: int) -> Run:
     Raises:
       ValueError: the config has a value that cannot be; the message names the key.
     """
-    layout = attention.Layout(mesh, sharding.BATCH[0], "tensor", sharding.RULES)
+    layout = Layout(mesh, sharding.BATCH[0], "tensor", sharding.RULES)
     encoder = encoder_lib.make(config.model, padded_vocab(vocab_size), config.data.length, layout)
     views, dim = spans.make(config.data).views, config.model.embedding_dim or config.model.d_model
     axes = sharding.BATCH[0]
@@ -114,31 +114,40 @@ def micro_batch(config: ConfigDict, mesh: Mesh) -> int:
     Raises:
       ValueError: both are given, or it does not spread over the devices.
     """
-    pairs_, tokens = config.micro_batch, config.micro_batch_tokens
+    pairs_, tokens, data = config.micro_batch, config.micro_batch_tokens, config.data
     if pairs_ < 0 or tokens < 0 or (pairs_ and tokens):
         raise ValueError(f"config.micro_batch={pairs_}, config.micro_batch_tokens={tokens}: not negative, and one of them 0")
     shards = sharding.shards(mesh)
-    if pairs_ % shards:
-        raise ValueError(f"config.micro_batch={pairs_} must be a multiple of mesh.data × mesh.fsdp = {shards}")
+    share = shards * data.pack_pairs
+    for key, value in (("data.batch_size", data.batch_size), ("micro_batch", pairs_)):
+        if value % share:
+            raise ValueError(f"config.{key}={value} must be a multiple of mesh.data × mesh.fsdp × data.pack_pairs = {share}")
     if not tokens:
         return pairs_
-    least = shards * spans.make(config.data).views * config.data.length
+    least = shards * data.pack_rows * spans.make(data).views * data.length
     if tokens < least:
-        raise ValueError(f"config.micro_batch_tokens={tokens}: a pair on each of {shards} shards has {least}; raise it")
-    return tokens // least * shards
+        raise ValueError(
+            f"config.micro_batch_tokens={tokens}: a pair (or packed group) on each of {shards} shards has {least}; raise it"
+        )
+    return tokens // least * share
 
 
 def make_encode_batch(apply: Callable, config: ConfigDict, mesh: Mesh) -> Callable:
     """The encoder of a step: all at once, or in micro-batches."""
     size = micro_batch(config, mesh)
+    spans_, rows_ = packing = config.data.pack_pairs, config.data.pack_rows
 
     def encode(params: Any, batch: step_lib.Batch, key: jax.Array) -> jax.Array:
-        def rows(params: Any, arrays: step_lib.Batch) -> jax.Array:
-            b, v, _ = arrays["tokens"].shape
-            tokens, mask, row = (arrays[name].reshape(b * v, *arrays[name].shape[2:]) for name in ("tokens", "mask", "row"))
-            return apply(params, tokens, mask, key, row).reshape(b, v, -1)
+        def groups(params: Any, arrays: step_lib.Batch) -> jax.Array:
+            """Arrays [m rows v ...] of m groups of rows that share their spans → [m spans v e]."""
+            m, _, v, _ = arrays["tokens"].shape
+            by_view = (arrays[name].swapaxes(1, 2) for name in ("tokens", "segment", "row"))
+            tokens, segment, row = (x.reshape(m * v * rows_, *x.shape[3:]) for x in by_view)
+            return apply(params, tokens, segment, key, row, packing).reshape(m, v, spans_, -1).swapaxes(1, 2)
 
-        return (grad_cache.cached(rows, size, mesh, sharding.BATCH[0]) if size else rows)(params, batch)
+        whole = grad_cache.cached(groups, size // spans_, mesh, sharding.BATCH[0]) if size else groups
+        z = whole(params, jax.tree.map(lambda x: x.reshape(-1, rows_, *x.shape[1:]), batch))
+        return z.reshape(-1, *z.shape[2:])
 
     return encode
 
@@ -159,7 +168,7 @@ def state_shardings(shapes: step_lib.TrainState, params: Any, mesh: Mesh) -> ste
 def make_encode(apply: Callable, mesh: Mesh) -> Callable[[Any, np.ndarray, np.ndarray], np.ndarray]:
     """Encodes rows that every process holds in full; rows are padded to a multiple of the devices and cut again."""
     replicated = NamedSharding(mesh, P())
-    forward = jax.jit(lambda params, batch: apply(params, batch["tokens"], batch["mask"], None), out_shardings=replicated)
+    forward = jax.jit(lambda params, batch: apply(params, batch["tokens"], batch["mask"]), out_shardings=replicated)
     shards = sharding.shards(mesh)
 
     def encode(params: Any, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -174,7 +183,8 @@ def make_encode(apply: Callable, mesh: Mesh) -> Callable[[Any, np.ndarray, np.nd
 
 def batch_shapes(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """The batch of a step as jax.ShapeDtypeStruct with shardings: what the step is compiled for ahead of time."""
-    b, v, length = config.data.batch_size, spans.make(config.data).views, config.data.length
-    shapes = {"tokens": ((b, v, length), jnp.int32), "mask": ((b, v, length), jnp.bool_), "doc": ((b,), jnp.int32)}
-    rows = NamedSharding(mesh, sharding.BATCH)
-    return {name: jax.ShapeDtypeStruct(*kind, sharding=rows) for name, kind in (shapes | {"text": ((b, v), jnp.int32)}).items()}
+    data, v = config.data, spans.make(config.data).views
+    rows = (data.batch_size // data.pack_pairs * data.pack_rows, v, data.length)
+    shapes = {"tokens": rows, "segment": rows, "doc": (data.batch_size,), "text": (data.batch_size, v)}
+    spread = NamedSharding(mesh, sharding.BATCH)
+    return {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=spread) for name, shape in shapes.items()}

@@ -10,8 +10,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from clu import metric_writers
 from etils import epath
+from tensorboard import summary
 
 
 def embedding_metrics(z: np.ndarray) -> dict[str, float]:
@@ -54,46 +54,26 @@ def parameters_digest(params: Any, fetch: Callable[[jax.Array], np.ndarray]) -> 
     return digest.hexdigest()
 
 
-class JsonLinesWriter(metric_writers.MetricWriter):
-    """Scalars as one JSON object a line: {"step": 20, "loss": 3.2, ...}."""
+class Writer:
+    """Scalars to TensorBoard and, one JSON object a line, to metrics.jsonl: {"step": 20, "loss": 3.2, ...}."""
 
-    def __init__(self, path: epath.Path, first_step: int):
+    def __init__(self, workdir: epath.Path, first_step: int):
+        path = workdir / "metrics.jsonl"
         # A restart repeats the steps since its checkpoint: what an earlier run wrote of them is dropped.
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in lines if json.loads(line)["step"] <= first_step]
         path.write_text("".join(line + "\n" for line in kept))
         self._file = path.open("a")
-        self._texts: dict[str, str] = {}
+        self._events = summary.Writer(str(workdir))
 
-    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Writes one line, with the texts that came before it."""
-        line = {"step": step} | {name: float(value) for name, value in scalars.items()} | self._texts
-        self._file.write(json.dumps(line) + "\n")
+    def write(self, step: int, scalars: Mapping[str, float], **texts: str) -> None:
+        """Writes one line and one point of each curve; texts go to the line alone."""
+        self._file.write(json.dumps({"step": step} | dict(scalars) | texts) + "\n")
         self._file.flush()
-        self._texts = {}
-
-    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-        """Keeps texts for the next line."""
-        self._texts |= texts
-
-    def flush(self) -> None:
-        """Nothing waits: each line is flushed as it is written."""
+        for name, value in scalars.items():
+            self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Closes the file."""
+        """Writes what waits and closes both."""
         self._file.close()
-
-    def write_summaries(self, *args: Any, **kwargs: Any) -> None:
-        """Scalars and texts only."""
-        raise NotImplementedError("metrics.jsonl holds scalars and texts only")
-
-    write_images = write_videos = write_audios = write_histograms = write_pointcloud = write_hparams = write_summaries
-
-
-def make_writer(workdir: epath.Path, first_step: int, lead: bool) -> metric_writers.MetricWriter:
-    """TensorBoard and metrics.jsonl in `workdir`, on the lead process; the others write nothing."""
-    if not lead:
-        return metric_writers.MultiWriter([])
-    return metric_writers.MultiWriter(
-        [metric_writers.SummaryWriter(str(workdir)), JsonLinesWriter(workdir / "metrics.jsonl", first_step)]
-    )
+        self._events.close()

@@ -172,31 +172,33 @@ def show(result: dict[str, Any]) -> str:
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
 
 
-def search(config: ConfigDict, target: hardware.Target, vocab_size: int, dump: pathlib.Path, policies: tuple[str, ...]) -> list:
-    """For each remat policy the largest micro-batch that fits, as plans; the whole batch at once where that fits."""
+def search(
+    config: ConfigDict, target: hardware.Target, vocab_size: int, dump: pathlib.Path, done: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """For each remat policy the largest micro-batch that fits, as plans; `done` is the config's own, found already."""
     found = []
-    for policy in policies:
+    for policy in POLICIES:
         size: int | None = 0
         while size is not None:
             trial = config.copy_and_resolve_references()
             trial.model.remat, trial.micro_batch, trial.micro_batch_tokens = policy, size, 0
-            result = plan(trial, target, vocab_size, dump)
+            same = (policy, size) == (done["remat"], done["micro_batch"])
+            result = done if same else plan(trial, target, vocab_size, dump)
             used, room = result["memory"]["peak"], result["memory"]["capacity"]
             shown = f"{used / hardware.GIB:.2f} of {room / hardware.GIB:.2f} GiB"
             print(f"  remat {policy}, micro-batch {size or 'none'}: {shown}", flush=True)
             if result["fits"]:
                 found.append(result)
                 break
-            size = smaller(
-                size or config.data.batch_size, used / room, math.prod(result["mesh"][axis] for axis in sharding.BATCH[0])
-            )
+            share = math.prod(result["mesh"][axis] for axis in sharding.BATCH[0]) * config.data.pack_pairs
+            size = smaller(size or config.data.batch_size, used / room, share)
     return found
 
 
-def smaller(size: int, excess: float, shards: int) -> int | None:
-    """The next micro-batch to try: what the excess asks for, at least halved, a multiple of the shards; None: there is none."""
-    each = size // shards // max(2, math.ceil(excess))
-    return each * shards if each else (shards if size > shards else None)
+def smaller(size: int, excess: float, share: int) -> int | None:
+    """The next micro-batch to try: what the excess asks for, at least halved, a multiple of `share`; None: there is none."""
+    each = size // share // max(2, math.ceil(excess))
+    return each * share if each else (share if size > share else None)
 
 
 def main(argv: list[str]) -> None:
@@ -214,7 +216,7 @@ def main(argv: list[str]) -> None:
         others = []
         if SEARCH.value or not result["fits"]:
             print("looking for what fits, and how large", flush=True)
-            others = search(config, target, vocab_size, dump, POLICIES)
+            others = search(config, target, vocab_size, dump, result)
             for other in sorted(others, key=lambda one: one["step_seconds"]):
                 gib, flags_ = other["memory"]["peak"] / hardware.GIB, f"--config.model.remat={other['remat']}"
                 flags_ += f" --config.micro_batch={other['micro_batch']}"

@@ -113,7 +113,7 @@ def to_global(local: Mapping[str, np.ndarray], rows: np.ndarray, batch_size: int
     """Global arrays [b ...], sharded over the batch, from this process's rows of each.
 
     Args:
-      local: arrays [n ...], n = len(rows).
+      local: arrays [n ...], n = len(rows); or, of packed rows, the same share of it for each shard of the batch.
       rows: from `rows_of_process`.
       batch_size: b, rows of the global batch.
       mesh: the mesh.
@@ -121,13 +121,15 @@ def to_global(local: Mapping[str, np.ndarray], rows: np.ndarray, batch_size: int
     sharding = NamedSharding(mesh, BATCH)
 
     def one(array: np.ndarray) -> jax.Array:
+        total = batch_size * len(array) // len(rows)
+
         def shard(index: Any) -> np.ndarray:
-            start, stop, _ = index[0].indices(batch_size)
-            first = int(np.searchsorted(rows, start))
+            start, stop, _ = index[0].indices(total)
+            first = int(np.searchsorted(rows, start * batch_size // total)) * total // batch_size
             return array[first : first + stop - start]
 
         with jax.transfer_guard_host_to_device("allow"):  # the one copy to the devices that a step is meant to make
-            return jax.make_array_from_callback((batch_size, *array.shape[1:]), sharding, shard)
+            return jax.make_array_from_callback((total, *array.shape[1:]), sharding, shard)
 
     return {name: one(array) for name, array in local.items()}
 

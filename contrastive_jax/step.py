@@ -1,6 +1,6 @@
 """The state of training and the one train step.
 
-Dimensions: b pairs, v views, l tokens, e embedding.
+Dimensions: b pairs, n rows (b where spans are not packed), v views, l tokens, e embedding.
 """
 
 import zlib
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 Params = Any  # nested dict of arrays
-Batch = dict[str, jax.Array]  # tokens int32[b v l], mask bool[b v l], doc int32[b], text int32[b v]
+Batch = dict[str, jax.Array]  # tokens and segment int32[n v l] in n rows of packed spans, doc int32[b], text int32[b v]
 Metrics = dict[str, jax.Array]
 
 
@@ -20,8 +20,8 @@ class Functions(NamedTuple):
     """What a step is made of.
 
     Attributes:
-      encode: (encoder params, {"tokens": [b v l], "mask": [b v l], "row": int32[b v]}, dropout key) → unit vectors [b v e];
-        `row` numbers the texts of the global batch, whatever part of it is encoded.
+      encode: (encoder params, {"tokens": [n v l], "segment": [n v l], "row": int32[n v]}, dropout key) → unit vectors [b v e];
+        `row` numbers the rows of the global batch, whatever part of it is encoded.
       loss: (z[b v e], ids, objective params, keys or None) → (loss, metrics).
       project: keeps the objective's parameters in range after an update.
       queue: None, or the functions of a momentum encoder and its queue of keys.
@@ -73,18 +73,21 @@ def step_key(root: jax.Array, name: str, step: jax.Array) -> jax.Array:
 def batch_digest(batch: Batch) -> jax.Array:
     """A hash of the global batch, uint32[2], the same however the batch is sharded.
 
-    Each token, with its place and mask, is mixed by murmur3's finaliser; the sum modulo 2**32 depends on no order.
+    Each number, with its place, is mixed by murmur3's finaliser; the sum modulo 2**32 depends on no order.
     """
-    tokens = batch["tokens"].astype(jnp.uint32) * 2 + batch["mask"]
-    rows = jnp.concatenate([tokens.reshape(len(tokens), -1), batch["doc"].astype(jnp.uint32)[:, None]], axis=1)
-    place = jnp.arange(rows.size, dtype=jnp.uint32).reshape(rows.shape)
 
     def mix(x: jax.Array) -> jax.Array:
         x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
         x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
         return x ^ (x >> 16)
 
-    return jnp.stack([jnp.sum(mix(rows ^ mix(place + jnp.uint32(salt)))) for salt in (0x9E3779B9, 0x7F4A7C15)])
+    def total(x: jax.Array, salt: int) -> jax.Array:
+        place = jnp.arange(x.size, dtype=jnp.uint32).reshape(x.shape)
+        return jnp.sum(mix(x.astype(jnp.uint32) ^ mix(place + jnp.uint32(salt))))
+
+    salts = ((0x9E3779B9, 0x7F4A7C15), (0x632BE5AB, 0x85157AF5), (0x2545F491, 0x9E6C63D0))
+    arrays = (batch["tokens"], batch["segment"], batch["doc"])
+    return jnp.stack([jnp.stack([total(x, salt) for salt in both]) for x, both in zip(arrays, salts, strict=True)]).sum(0)
 
 
 def make_train_step(
@@ -103,9 +106,9 @@ def make_train_step(
     encode, loss, project, memory = functions
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics, jax.Array]:
-        b, v = batch["text"].shape
-        row = jnp.arange(b * v, dtype=jnp.int32).reshape(b, v)
-        texts = {"tokens": batch["tokens"], "mask": batch["mask"], "row": row}
+        n, v, _ = batch["tokens"].shape
+        row = jnp.arange(n * v, dtype=jnp.int32).reshape(n, v)
+        texts = {"tokens": batch["tokens"], "segment": batch["segment"], "row": row}
         ids = {"doc": batch["doc"], "text": batch["text"]}
         key = step_key(root, "dropout", state.step)
         queue, keys, given = state.queue, None, None
@@ -130,7 +133,8 @@ def make_train_step(
         metrics |= {
             "loss": value,
             "gradient_norm": optax.tree.norm(gradient),
-            "tokens": batch["mask"].sum(),
+            "tokens": (batch["segment"] > 0).sum(),
+            "fill": (batch["segment"] > 0).mean(),
             "batch_digest": batch_digest(batch),
         }
         return TrainState(state.step + 1, params, opt_state, queue), metrics, z

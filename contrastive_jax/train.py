@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from absl import flags, logging
-from clu import metric_writers, parameter_overview
+from clu import parameter_overview
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -88,7 +88,7 @@ def items_of(state: step_lib.TrainState) -> dict[str, Any]:
 class Reporter:
     """Gathers the metrics of steps on the devices and reports them every so often; stops the run at a non-finite loss."""
 
-    def __init__(self, setup: Setup, first_step: int, writer: metric_writers.MetricWriter):
+    def __init__(self, setup: Setup, first_step: int, writer: metrics.Writer | None):
         self._setup, self._writer = setup, writer
         self._pending: list[step_lib.Metrics] = []
         self._step, self._since = first_step, time.monotonic()
@@ -145,8 +145,8 @@ class Reporter:
             scalars["tokens_per_second"],
             *(eta // 3600, eta % 3600 // 60, eta % 60),
         )
-        self._writer.write_texts(step, {"batch_digest": self.batch_digest})
-        self._writer.write_scalars(step, scalars)
+        if self._writer:
+            self._writer.write(step, scalars, batch_digest=self.batch_digest)
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -154,11 +154,12 @@ class Reporter:
         self._since = time.monotonic()
 
 
-def evaluate(setup: Setup, pairs: query_key.Pairs, params: Any, step: int, writer: metric_writers.MetricWriter) -> None:
+def evaluate(setup: Setup, pairs: query_key.Pairs, params: Any, step: int, writer: metrics.Writer | None) -> None:
     """The query-key test of the held-out pairs, to the log, TensorBoard and metrics.jsonl."""
     scores = query_key.evaluate(setup.run.encode, params, pairs, setup.config.eval.batch_size)["mean"]
     logging.info("step %d  query-key %s", step, "  ".join(f"{name} {100 * value:.1f}" for name, value in scores.items()))
-    writer.write_scalars(step, {f"query_key/{name}": value for name, value in scores.items()})
+    if writer:
+        writer.write(step, {f"query_key/{name}": value for name, value in scores.items()})
 
 
 def save(setup: Setup, checkpoints: checkpoint.Checkpoints, state: step_lib.TrainState, step: int, digest: str) -> None:
@@ -182,8 +183,9 @@ def loop(setup: Setup, stop_at: int) -> int:
         preemption = processes.Preemption()
         state = restore_or_init(run, checkpoints)
         first = step = int(jax.device_get(state.step))
-        lead = jax.process_index() == 0
-        writer = stack.enter_context(contextlib.closing(metrics.make_writer(setup.workdir, first, lead)))
+        writer = None
+        if jax.process_index() == 0:
+            writer = stack.enter_context(contextlib.closing(metrics.Writer(setup.workdir, first)))
         reporter = Reporter(setup, first, writer)
         rows = sharding.rows_of_process(config.data.batch_size, run.mesh)
         batches = pipeline.batches(setup.windows, config.data, config.seed, rows, start=first)

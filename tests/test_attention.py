@@ -11,6 +11,8 @@ from ml_collections import ConfigDict
 from configs import base
 from contrastive_jax import sharding
 from contrastive_jax.models import attention
+from contrastive_jax.models.layout import Layout
+from contrastive_jax.models.rows import Noise, Rows
 
 
 def model(**changes: object) -> ConfigDict:
@@ -32,12 +34,12 @@ def packed(n: int, length: int, seed: int = 0) -> np.ndarray:
 
 def check(
     config: ConfigDict,
-    layout: attention.Layout,
+    layout: Layout,
     n: int,
     length: int,
     other: attention.Attend,
     window: int | None = None,
-    noise: attention.Noise | None = None,
+    noise: Noise | None = None,
     dtype: type = jnp.float32,
     bound: float = 2e-6,
 ) -> None:
@@ -46,11 +48,12 @@ def check(
     inputs = [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
     segment = packed(n, length)
     weight = rng.normal(size=shapes[0]) * (segment > 0)[:, :, None, None]  # padding is nobody's business
-    size = None if window is None else jnp.int32(window)
+    place, size = jnp.arange(length)[None], None if window is None else jnp.int32(window)
+    given = Rows(jnp.asarray(segment), place, size, noise=noise)
 
     def run(attend: attention.Attend, kind: type) -> list[np.ndarray]:
         def loss(inputs: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
-            out = attend(*inputs, jnp.asarray(segment), size, noise)
+            out = attend(*inputs, given)
             assert out.dtype == kind
             return (out.astype(jnp.float32) * weight).sum(), out * (weight != 0)
 
@@ -66,7 +69,7 @@ def check(
 @pytest.mark.parametrize("length", [5, 130, 300])
 def test_kernel_equals_plain(causal: bool, length: int) -> None:
     config = model(causal=causal)
-    layout = attention.Layout()
+    layout = Layout()
     check(config, layout, 3, length, functools.partial(attention.fused, config, layout))
 
 
@@ -74,8 +77,8 @@ def test_kernel_equals_plain(causal: bool, length: int) -> None:
 def test_kernel_with_grouped_heads_window_and_dropout(causal: bool) -> None:
     config = model(causal=causal, attention_dropout=0.3)
     config.num_kv_heads = 2
-    noise = attention.Noise(jax.random.key(3), jnp.array([7, 1, 4]))
-    layout = attention.Layout()
+    noise = Noise(jax.random.key(3), jnp.array([7, 1, 4]))
+    layout = Layout()
     check(config, layout, 3, 140, functools.partial(attention.fused, config, layout), window=9, noise=noise)
 
 
@@ -84,14 +87,14 @@ def test_kernel_on_eight_devices(tensor: int) -> None:
     config = model(causal=True, attention_dropout=0.2)
     config.num_kv_heads = 2
     mesh_config = ConfigDict({"data": 2, "fsdp": -1, "tensor": tensor})
-    layout = attention.Layout(sharding.make_mesh(mesh_config), sharding.BATCH[0], "tensor")
-    noise = attention.Noise(jax.random.key(3), jnp.arange(16))
+    layout = Layout(sharding.make_mesh(mesh_config), sharding.BATCH[0], "tensor")
+    noise = Noise(jax.random.key(3), jnp.arange(16))
     check(config, layout, 16, 40, functools.partial(attention.fused, config, layout), noise=noise)
 
 
 def test_kernel_in_bfloat16_stays_near_float32() -> None:
     config = model()
-    layout = attention.Layout()
+    layout = Layout()
     fused = functools.partial(attention.fused, config, layout)
     check(config, layout, 3, 200, fused, dtype=jnp.bfloat16, bound=0.01)
 
@@ -102,14 +105,14 @@ def test_the_gpu_path_equals_plain(causal: bool, window: int | None) -> None:
     config = model(causal=causal)
     config.num_kv_heads = 2
     other = functools.partial(attention.cudnn, config, implementation="xla")
-    check(config, attention.Layout(), 3, 50, other, window=window)
+    check(config, Layout(), 3, 50, other, window=window)
 
 
 def test_auto_is_plain_on_cpu_and_fused_says_what_it_cannot() -> None:
     config = model()
-    assert attention.make(config, attention.Layout()).func is attention.plain
+    assert attention.make(config, Layout()).func is attention.plain
     config.attention = "fused"
-    attend = attention.make(config, attention.Layout())
+    attend = attention.make(config, Layout())
     rows = jnp.zeros((1, 4224, 4, 16))
     with pytest.raises(ValueError, match="rows of at most 4096 tokens"):
-        attend(rows, rows, rows, jnp.ones((1, 4224), jnp.int32), None, None)
+        attend(rows, rows, rows, Rows(jnp.ones((1, 4224), jnp.int32), jnp.arange(4224)[None]))

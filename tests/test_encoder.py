@@ -7,7 +7,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base
-from contrastive_jax.models import encoder, transformer
+from contrastive_jax.models import encoder
+from contrastive_jax.models.rows import Noise, dropout
 
 LENGTH, VOCAB = 11, 50
 
@@ -200,11 +201,11 @@ def test_dropout_follows_the_number_of_a_row() -> None:
 def test_dropout_is_unbiased_and_independent() -> None:
     x = jnp.ones((400, 30, 50))
 
-    def noise(seed: int) -> transformer.Noise:
-        return transformer.Noise(jax.random.key(seed), jnp.arange(400))
+    def noise(seed: int) -> Noise:
+        return Noise(jax.random.key(seed), jnp.arange(400))
 
-    kept = np.asarray(transformer.dropout(x, 0.3, noise(3))) > 0
-    other = np.asarray(transformer.dropout(x, 0.3, noise(4))) > 0
+    kept = np.asarray(dropout(x, 0.3, noise(3))) > 0
+    other = np.asarray(dropout(x, 0.3, noise(4))) > 0
     sd = np.sqrt(0.3 * 0.7 / kept.size)
     assert abs(kept.mean() - 0.7) < 4 * sd
     for axis in range(3):  # neighbours along each axis, and another key's mask, agree no more than chance

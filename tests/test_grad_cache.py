@@ -19,7 +19,11 @@ B, LENGTH, VOCAB = 24, 7, 50
 def rows() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     mask = np.arange(LENGTH) < rng.integers(1, LENGTH + 1, (B, 1))
-    return {"tokens": rng.integers(0, VOCAB, (B, LENGTH)).astype(np.int32), "mask": mask, "row": np.arange(B, dtype=np.int32)}
+    return {
+        "tokens": rng.integers(0, VOCAB, (B, LENGTH)).astype(np.int32),
+        "segment": mask.astype(np.int32),
+        "row": np.arange(B, dtype=np.int32),
+    }
 
 
 @pytest.mark.parametrize(("micro_batch", "devices"), [(7, 1), (16, 8), (12, 4)])  # 7, and 16 of 24: a ragged end
@@ -32,11 +36,11 @@ def test_equals_direct_with_dropout_and_a_token_loss(micro_batch: int, devices: 
     batch = sharding.to_global(rows(), np.arange(B), B, mesh)
 
     def encode(params: dict, batch: dict) -> dict:
-        z = model.apply(params, batch["tokens"], batch["mask"], jax.random.key(3), batch["row"])
+        z = model.apply(params, batch["tokens"], batch["segment"], jax.random.key(3), batch["row"])
         # A loss of tokens: its sum and its count a row, so that the mean is over the whole batch's tokens.
         logits = z @ params["transformer"]["embedding"].T
-        token_loss = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["tokens"], axis=1) * batch["mask"]
-        return {"z": z, "token_loss": token_loss.sum(1), "token_count": batch["mask"].sum(1)}
+        token_loss = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["tokens"], axis=1) * batch["segment"]
+        return {"z": z, "token_loss": token_loss.sum(1), "token_count": batch["segment"].sum(1)}
 
     def value(embed: Callable, params: dict, batch: dict) -> tuple:
         out = embed(params, batch)
@@ -77,10 +81,10 @@ def test_activations_of_one_micro_batch_at_a_time() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"micro_batch": 12}, "config.micro_batch=12 must be a multiple of mesh.data × mesh.fsdp = 8"),
+        ({"micro_batch": 12}, "config.micro_batch=12 must be a multiple of mesh.data × mesh.fsdp × data.pack_pairs = 8"),
         ({"micro_batch": -8}, "config.micro_batch=-8"),
         ({"micro_batch": 8, "micro_batch_tokens": 4096}, "one of them 0"),
-        ({"micro_batch_tokens": 100}, "a pair on each of 8 shards has 384"),
+        ({"micro_batch_tokens": 100}, "on each of 8 shards has 384"),
     ],
 )
 def test_bad_micro_batches_name_the_key(changes: dict, message: str, dataset: str) -> None:

@@ -16,7 +16,7 @@ ALLOWED = {
     "sharding.py": {"jax"},
     "optim.py": {"jax", "optax"},
     "checkpoint.py": {"jax", "orbax"},
-    "metrics.py": {"jax", "clu"},
+    "metrics.py": {"jax"},
     "step.py": {"jax", "optax"},
     "grad_cache.py": {"jax"},
     "processes.py": {"jax"},

@@ -92,12 +92,12 @@ def texts(views: int) -> dict[str, jax.Array]:
     size = rng.integers(1, LENGTH + 1, (B, views, 1))
     tokens = rng.integers(0, VOCAB, (B, views, LENGTH)).astype(np.int32)
     row = np.arange(B * views, dtype=np.int32).reshape(B, views)
-    return {"tokens": tokens, "mask": np.arange(LENGTH) < size, "row": row}
+    return {"tokens": tokens, "segment": (np.arange(LENGTH) < size).astype(np.int32), "row": row}
 
 
 def encode(params: dict, batch: dict[str, jax.Array]) -> jax.Array:
     b, v, _ = batch["tokens"].shape
-    flat = (batch[name].reshape(b * v, *batch[name].shape[2:]) for name in ("tokens", "mask"))
+    flat = (batch[name].reshape(b * v, *batch[name].shape[2:]) for name in ("tokens", "segment"))
     return small_encoder()[0].apply(params, *flat, jax.random.key(7), batch["row"].reshape(-1)).reshape(b, v, -1)
 
 
@@ -105,7 +105,7 @@ def value_and_gradients(encode: Callable, loss: Callable) -> Callable:
     """Of (parameters, a nudge of the embeddings [b v e], arrays of the batch)."""
 
     def value(params: dict, nudge: jax.Array, batch: dict) -> jax.Array:
-        z = encode(params["encoder"], {name: batch[name] for name in ("tokens", "mask", "row")}) + nudge
+        z = encode(params["encoder"], {name: batch[name] for name in ("tokens", "segment", "row")}) + nudge
         return loss(z, {name: batch[name] for name in ("doc", "text")}, params["objective"])
 
     return jax.jit(jax.value_and_grad(value, argnums=(0, 1)))

@@ -87,11 +87,11 @@ def test_spans_are_cut_out_of_their_window_and_delimited(dataset: pathlib.Path) 
         batch = take(windows, data_config(delimiters=delimiters), 1)[0]
         assert {name: (x.shape, x.dtype.name) for name, x in batch.items()} == {
             "tokens": ((48, 2, 32), "int32"),
-            "mask": ((48, 2, 32), "bool"),
+            "segment": ((48, 2, 32), "int32"),
             "doc": ((48,), "int32"),
             "text": ((48, 2), "int32"),
         }
-        for tokens, mask, doc in zip(batch["tokens"], batch["mask"], batch["doc"], strict=True):
+        for tokens, mask, doc in zip(batch["tokens"], batch["segment"] == 1, batch["doc"], strict=True):
             assert (tokens[~mask] == 0).all()
             rows = [row[inside].tolist() for row, inside in zip(tokens, mask, strict=True)]
             if delimiters:
@@ -112,7 +112,7 @@ def test_batch_is_a_function_of_the_step_and_rows(dataset: pathlib.Path) -> None
     whole = take(windows, config, 5)
     late = take(windows, config, 2, start=3)
     shares = [take(windows, config, 5, rows=rows) for rows in (np.arange(0, 20), np.arange(20, 48))]
-    for name in ("tokens", "mask", "doc", "text"):
+    for name in ("tokens", "segment", "doc", "text"):
         for k in range(5):
             np.testing.assert_array_equal(np.concatenate([share[k][name] for share in shares]), whole[k][name])
         for k in range(2):

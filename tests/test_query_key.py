@@ -38,7 +38,7 @@ def test_pairs_are_adjacent_one_a_window_and_the_same_each_time(dataset: pathlib
     windows = pipeline.open_split(dataset, "validation")
     pairs, again = (query_key.make_pairs(windows, config.eval, config.data) for _ in range(2))
     np.testing.assert_array_equal(pairs.tokens, again.tokens)
-    assert pairs.tokens.shape == (40, 2, 24) and pairs.mask.sum(-1).tolist() == [[12, 12]] * 40
+    assert pairs.tokens.shape == (40, 2, 12) and pairs.mask.sum(-1).tolist() == [[12, 12]] * 40
     everything = pipeline.read_tokens(windows, np.arange(len(windows.length))).numpy().tolist()
     homes = set()
     for left, right in pairs.spans:

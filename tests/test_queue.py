@@ -86,7 +86,7 @@ def test_step_fills_the_queue_and_moves_the_momentum_encoder(dataset: str) -> No
         host = next(stream)
         before = jax.device_get(state)
         state, _, z = run.train_step(state, sharding.to_global(host, rows, len(rows), mesh))
-        expected = run.encode({"encoder": before.queue.encoder}, host["tokens"][:, 1], host["mask"][:, 1])
+        expected = run.encode({"encoder": before.queue.encoder}, host["tokens"][:, 1], host["segment"][:, 1])
         np.testing.assert_allclose(state.queue.z[:, k % slots], expected, atol=1e-5)
         np.testing.assert_allclose(z[:, 1], expected, atol=1e-5)
         np.testing.assert_array_equal(state.queue.doc[:, k % slots], host["doc"])

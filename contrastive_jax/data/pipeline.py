@@ -15,7 +15,7 @@ from array_record.python import array_record_data_source
 from etils import epath
 from ml_collections import ConfigDict
 
-from contrastive_jax.data import FORMAT, spans, token_type
+from contrastive_jax.data import FORMAT, packing, spans, token_type
 
 # TensorFlow only reads data here; it must not take the accelerator's memory.
 tf.config.set_visible_devices([], "GPU")
@@ -255,19 +255,31 @@ def batches(
       start: the first step.
 
     Returns:
-      An iterator over {"tokens": int32[n v l], "mask": bool[n v l], "doc": int32[n], "text": int32[n v]}; `text`
-      is a hash of the span without its delimiters.
+      An iterator over {"tokens": int32[r v l], "segment": int32[r v l], "doc": int32[n], "text": int32[n v]}: each
+      pack_pairs pairs have pack_rows of the r rows, where `segment` numbers their spans from 1 and is 0 beside them; `text` is
+      a hash of the span without its delimiters.
 
     Raises:
       ValueError: a value is out of range or the data cannot serve it.
     """
     sampler = spans.make(config)
     check_length(config, sampler.max_span, "config.data.max_span")
+    packing.check(config, sampler.min_span + 2 * config.delimiters)
     index = make_index(windows, config, seed, sampler.min_window)
     rows = np.arange(config.batch_size) if rows is None else rows
     documents, lengths = tf.constant(windows.document), tf.constant(windows.length)
     delimiters = delimiter_ids(windows.manifest)
-    inner = config.length - 2 * config.delimiters
+    edges = 2 * config.delimiters
+    inner = config.length - edges
+
+    def shorten(size: tf.Tensor) -> tf.Tensor:
+        """Sizes int32[n v] that fit into the rows of their groups."""
+        if config.pack_pairs == config.pack_rows:
+            return size
+        by_view = tf.transpose(tf.reshape(size + edges, [-1, config.pack_pairs, sampler.views]), [0, 2, 1])
+        fitting = packing.shorten(tf.reshape(by_view, [-1, config.pack_pairs]), config.pack_rows, config.length) - edges
+        by_view = tf.reshape(fitting, [-1, sampler.views, config.pack_pairs])
+        return tf.reshape(tf.transpose(by_view, [0, 2, 1]), [-1, sampler.views])
 
     @tf.autograph.experimental.do_not_convert  # plain tensor code: converting it costs seconds at each start
     def make_batch(step: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -275,14 +287,15 @@ def batches(
         # Drawn for the whole batch, then cut to this process's rows: the numbers must not depend on who draws them.
         uniform = tf.random.stateless_uniform([config.batch_size, sampler.uniforms], tf.stack([tf.cast(seed, tf.int64), step]))
         begin, size = sampler.cut(tf.gather(lengths, record), tf.gather(uniform, rows))
-        tokens, mask = gather_spans(read_tokens(windows, record), begin, size, inner)
+        tokens, mask = gather_spans(read_tokens(windows, record), begin, shorten(size), inner)
         text = hash_texts(tokens)
         if config.delimiters:
             tokens, mask = delimit(tokens, mask, delimiters)
-        shape = [len(rows), sampler.views, config.length]
+        tokens, segment = packing.pack(tokens, mask, config.pack_pairs, config.pack_rows)
+        shape = [len(rows) // config.pack_pairs * config.pack_rows, sampler.views, config.length]
         return {
             "tokens": tf.ensure_shape(tokens, shape),
-            "mask": tf.ensure_shape(mask, shape),
+            "segment": tf.ensure_shape(segment, shape),
             "doc": tf.gather(documents, record),
             "text": text,
         }

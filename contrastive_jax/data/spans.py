@@ -17,13 +17,15 @@ class Sampler(NamedTuple):
       views: v, the spans cut from one window.
       uniforms: u, random numbers that `cut` uses a window.
       min_window: tokens a window must have; shorter ones are left out of the data.
-      max_span: the longest span `cut` gives.
+      min_span: the shortest span `cut` gives.
+      max_span: the longest.
       cut: (length int32[n], uniform float32[n u] in [0, 1)) → (start int32[n v], size int32[n v]).
     """
 
     views: int
     uniforms: int
     min_window: int
+    min_span: int
     max_span: int
     cut: Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
 
@@ -66,7 +68,7 @@ def neighbours(config: ConfigDict) -> Sampler:
         swap = u[4][:, None] < 0.5
         return tf.where(swap, starts[:, ::-1], starts), tf.where(swap, sizes[:, ::-1], sizes)
 
-    return Sampler(views=2, uniforms=5, min_window=2 * min_span + min_gap, max_span=max_span, cut=cut)
+    return Sampler(views=2, uniforms=5, min_window=2 * min_span + min_gap, min_span=min_span, max_span=max_span, cut=cut)
 
 
 SAMPLERS: dict[str, Callable[[ConfigDict], Sampler]] = {"neighbours": neighbours}

@@ -53,8 +53,8 @@ def make_pairs(windows: pipeline.Windows, config: ConfigDict, data: ConfigDict) 
     start = np.stack([begin, begin + config.span], axis=1).astype(np.int32)
     whole = pipeline.read_tokens(windows, tf.constant(record, tf.int64))
     size = tf.fill(start.shape, config.span)
-    tokens, mask = pipeline.gather_spans(whole, start, size, data.length - 2 * data.delimiters)
-    spans = [tuple(row) for row in tokens.numpy()[:, :, : config.span].tolist()]
+    tokens, mask = pipeline.gather_spans(whole, start, size, config.span)
+    spans = [tuple(row) for row in tokens.numpy().tolist()]
     if data.delimiters:
         tokens, mask = pipeline.delimit(tokens, mask, pipeline.delimiter_ids(windows.manifest))
     return Pairs(tokens.numpy(), mask.numpy(), spans)

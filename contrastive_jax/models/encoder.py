@@ -1,4 +1,7 @@
-"""The text encoder: a Transformer, a pooling, an optional projection, unit length."""
+"""The text encoder: a Transformer, a pooling, an optional projection, unit length.
+
+Dimensions: n rows, l tokens of a row, g texts that share r rows, t = r · l, d width, e embedding.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,10 +12,12 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from contrastive_jax.models import attention, transformer
+from contrastive_jax.models.layout import Layout
+from contrastive_jax.models.rows import Noise
 
 Params = Any  # nested dict of arrays
 
-ONE_DEVICE = attention.Layout()
+ONE_DEVICE = Layout()
 
 CHOICES = {
     "mlp": ("gelu", "geglu", "swiglu"),
@@ -31,8 +36,10 @@ class Encoder(NamedTuple):
 
     Attributes:
       init: key → params, a nested dict of float32 arrays.
-      apply: (params, tokens int32[n l], mask bool[n l], key or None, row int32[n] or None) → unit vectors float32[n e]; dropout
-        where a key is given, by the number of each row in the global batch (None: its place).
+      apply: (params, tokens int32[n l], segment int32[n l], key=None, row=None, packing=(1, 1)) → unit vectors float32[m e].
+        Each r rows hold the spans of g texts, (g, r) = packing, m = n / r · g: `segment` is 1 … g on them and 0 beside them (a
+        mask, where a row is a text). Dropout where a key is given, by row int32[n], the number of each row in the global batch
+        (None: its place).
       axes: nested dict like params: the logical axis names of each parameter.
     """
 
@@ -42,7 +49,7 @@ class Encoder(NamedTuple):
 
 
 class TextEncoder(nnx.Module):
-    """Tokens to one unit vector a row."""
+    """Tokens to one unit vector a text."""
 
     def __init__(
         self,
@@ -50,7 +57,7 @@ class TextEncoder(nnx.Module):
         vocab_size: int,
         length: int,
         attend: attention.Attend,
-        layout: attention.Layout,
+        layout: Layout,
         rngs: nnx.Rngs,
     ):
         self.config = config
@@ -61,23 +68,39 @@ class TextEncoder(nnx.Module):
             else None
         )
 
-    def __call__(self, tokens: jax.Array, mask: jax.Array, noise: attention.Noise | None = None) -> jax.Array:
-        """Tokens int32[n l], mask bool[n l] → unit vectors float32[n e]; dropout where `noise` is given."""
-        x = self.transformer(tokens, mask.astype(jnp.int32), noise=noise)
-        x = pool(x, mask, self.config.pooling).astype(jnp.float32)
+    def __call__(
+        self,
+        tokens: jax.Array,
+        segment: jax.Array,
+        noise: Noise | None = None,
+        packing: tuple[int, int] = (1, 1),
+    ) -> jax.Array:
+        """Tokens and segment int32[n l], (g, r) = packing → unit vectors float32[n/r·g e]; dropout where `noise` is given."""
+        spans, rows = packing
+        x = self.transformer(tokens, segment, places(segment) if spans > 1 else None, noise)
+        x = x.reshape(-1, rows * x.shape[1], x.shape[2])
+        mask = segment.reshape(*x.shape[:2], 1) == jnp.arange(1, spans + 1)
+        x = pool(x, mask, self.config.pooling).astype(jnp.float32).reshape(-1, x.shape[2])
         if self.projection is not None:
             x = self.projection(x)
         return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-12))
 
 
+def places(segment: jax.Array) -> jax.Array:
+    """The place of each token in its span, from segment int32[n l], whose spans are contiguous."""
+    index = jax.lax.broadcasted_iota(jnp.int32, segment.shape, 1)
+    begins = jnp.pad(segment[:, 1:] != segment[:, :-1], ((0, 0), (1, 0)))
+    return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
+
+
 def pool(x: jax.Array, mask: jax.Array, pooling: str) -> jax.Array:
-    """x[n l d], mask bool[n l] → [n d]: mean over real tokens, the first ("cls") or the last real one ("eos")."""
+    """x[n t d], mask bool[n t g] of the tokens of each text → [n g d]: their mean, the first ("cls") or the last ("eos")."""
     if pooling == "mean":
-        total = jnp.einsum("nld,nl->nd", x, mask.astype(x.dtype), preferred_element_type=jnp.float32)
-        return total / jnp.maximum(mask.sum(-1, keepdims=True), 1)
-    if pooling == "cls":
-        return x[:, 0]
-    return jnp.take_along_axis(x, jnp.maximum(mask.sum(-1) - 1, 0)[:, None, None], axis=1)[:, 0]
+        total = jnp.einsum("ntd,ntg->ngd", x, mask.astype(x.dtype), preferred_element_type=jnp.float32)
+        return total / jnp.maximum(mask.sum(1)[:, :, None], 1)
+    place = jnp.arange(x.shape[1])[:, None]
+    index = jnp.where(mask, place, x.shape[1] - 1).min(1) if pooling == "cls" else jnp.where(mask, place, 0).max(1)
+    return jnp.take_along_axis(x, index[:, :, None], axis=1)
 
 
 def check(config: ConfigDict) -> None:
@@ -104,7 +127,7 @@ def check(config: ConfigDict) -> None:
             raise ValueError(f"config.model.{key}={config[key]}: must be in [0, 1)")
 
 
-def make(config: ConfigDict, vocab_size: int, length: int, layout: attention.Layout = ONE_DEVICE) -> Encoder:
+def make(config: ConfigDict, vocab_size: int, length: int, layout: Layout = ONE_DEVICE) -> Encoder:
     """Builds the encoder without allocating anything.
 
     Args:
@@ -132,10 +155,16 @@ def make(config: ConfigDict, vocab_size: int, length: int, layout: attention.Lay
         return ("layers",) * (len(variable.shape) - len(names)) + names  # stacked blocks have one axis more
 
     def apply(
-        params: Params, tokens: jax.Array, mask: jax.Array, key: jax.Array | None = None, row: jax.Array | None = None
+        params: Params,
+        tokens: jax.Array,
+        segment: jax.Array,
+        key: jax.Array | None = None,
+        row: jax.Array | None = None,
+        packing: tuple[int, int] = (1, 1),
     ) -> jax.Array:
         row = jnp.arange(len(tokens), dtype=jnp.int32) if row is None else row
-        return nnx.merge(graphdef, params)(tokens, mask, None if key is None else attention.Noise(key, row))
+        noise = None if key is None else Noise(key, row)
+        return nnx.merge(graphdef, params)(tokens, segment.astype(jnp.int32), noise, packing)
 
     flat = nnx.to_flat_state(abstract)
     return Encoder(

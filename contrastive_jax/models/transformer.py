@@ -6,7 +6,7 @@ Parameters carry the names of their logical axes in the metadata `axes`; `shardi
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.nn import initializers
 from ml_collections import ConfigDict
 
-from contrastive_jax.models.attention import Attend, Layout, Noise, dropout
+from contrastive_jax.models.attention import Attend
+from contrastive_jax.models.layout import Layout
+from contrastive_jax.models.rows import Noise, Rows, dropout
 
 ACTIVATIONS: dict[str, Callable] = {"gelu": jax.nn.gelu, "geglu": jax.nn.gelu, "swiglu": jax.nn.silu}
 
@@ -83,24 +85,6 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(x.dtype).reshape(-1)
 
 
-class Rows(NamedTuple):
-    """What a block knows of its rows besides the activations.
-
-    Attributes:
-      segment: int32[n l], the span of each token, from 1; 0 is padding.
-      position: int32[n l] or [1 l], the place of each token in its span.
-      window: int32[] or None: how far a token of this layer attends; None: any distance in any layer.
-      theta: the base of the rotary positions of this layer.
-      noise: dropout's, or None.
-    """
-
-    segment: jax.Array
-    position: jax.Array
-    window: jax.Array | None = None
-    theta: jax.Array | float = 0.0
-    noise: Noise | None = None
-
-
 class Attention(nnx.Module):
     """Multi-head attention, full or grouped, with rotary positions where the config says so."""
 
@@ -118,7 +102,7 @@ class Attention(nnx.Module):
         query, key, value = (y.reshape(*x.shape[:2], -1, self.config.head_dim) for y in heads)
         if self.config.position == "rotary":
             query, key = rotate(query, rows.position, rows.theta), rotate(key, rows.position, rows.theta)
-        mixed = self.attend(query, key, value, rows.segment, rows.window, rows.noise).reshape(*x.shape[:2], -1)
+        mixed = self.attend(query, key, value, rows).reshape(*x.shape[:2], -1)
         return self.out(checkpoint_name(mixed, "mixed"))
 
 

@@ -222,7 +222,7 @@ def model_flops(config: Any, params: Any, views: int) -> tuple[float, str]:
     model, data = config.model, config.data
     blocks = params["transformer"].get("blocks", {})
     weights = sum(math.prod(leaf.shape) for leaf in tree_leaves(blocks, lambda path: path[-1] == "kernel"))
-    tokens = data.batch_size * views * data.length
+    tokens = data.batch_size // data.pack_pairs * data.pack_rows * views * data.length
     attention = 12 * model.num_layers * model.num_heads * model.head_dim * data.length
     width = model.embedding_dim or model.d_model
     pairs = 6.0 * data.batch_size**2 * width
