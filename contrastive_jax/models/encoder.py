@@ -96,7 +96,10 @@ def places(segment: jax.Array) -> jax.Array:
 def pool(x: jax.Array, mask: jax.Array, pooling: str) -> jax.Array:
     """x[n t d], mask bool[n t g] of the tokens of each text → [n g d]: their mean, the first ("cls") or the last ("eos")."""
     if pooling == "mean":
-        total = jnp.einsum("ntd,ntg->ngd", x, mask.astype(x.dtype), preferred_element_type=jnp.float32)
+        if mask.shape[2] == 1:  # the gradient of a sum is a broadcast, that of a product is transposed
+            total = jnp.where(mask, x, 0).sum(1, keepdims=True, dtype=jnp.float32)
+        else:
+            total = jnp.einsum("ntg,ntd->ngd", mask.astype(x.dtype), x, preferred_element_type=jnp.float32)
         return total / jnp.maximum(mask.sum(1)[:, :, None], 1)
     place = jnp.arange(x.shape[1])[:, None]
     index = jnp.where(mask, place, x.shape[1] - 1).min(1) if pooling == "cls" else jnp.where(mask, place, 0).max(1)
