@@ -5,7 +5,8 @@
 
 Both train transformers' BertModel architecture (post-norm, learned positions, GELU, no dropout), mean-pooled, with a symmetric
 cross-entropy over the batch and AdamW, in float32, at the width, depth, vocabulary, batch and length of each recipe; ours
-without the loop over blocks (`model.scan=False`). The two take turns, so that a noisy machine is noisy for both; the figure is the ratio of the medians.
+without the loop over blocks (`model.scan=False`). The two take turns, so that a noisy machine is noisy for both; the figure is
+the ratio of the medians.
 """
 
 import pathlib

@@ -42,5 +42,4 @@ def get_config() -> ConfigDict:
     config.optim.schedule = "linear"
 
     # Parameters are whole on every device: 1.3 GB with their moments.
-    config.mesh.data = -1
     return config

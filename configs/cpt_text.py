@@ -81,7 +81,6 @@ def get_config(size: str = "s") -> ConfigDict:
     config.optim.warmup_steps = 2000
     config.optim.end_factor = 0.1
 
-    config.mesh.data = -1
     config.mesh.fsdp = chosen.fsdp
     config.mesh.tensor = chosen.tensor
     return config

@@ -45,5 +45,4 @@ def get_config() -> ConfigDict:
     config.optim.schedule = "rsqrt"
     config.optim.warmup_steps = 3000
 
-    config.mesh.data = -1
     return config

@@ -12,7 +12,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from contrastive_jax import build as build_lib
-from contrastive_jax import checkpoint, cli, sharding
+from contrastive_jax import checkpoint, cli, processes, sharding
 from contrastive_jax.data import pipeline, tokenizer
 from contrastive_jax.evals import query_key
 
@@ -84,6 +84,7 @@ def main(argv: list[str]) -> None:
     for task in TASKS.value:
         if task not in tasks:
             cli.fail(f"--tasks={task}: choose one of {', '.join(tasks)}")
+    processes.enable_compilation_cache()
     for task in TASKS.value:
         tasks[task](epath.Path(os.path.expanduser(WORKDIR.value)))
 

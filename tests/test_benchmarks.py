@@ -22,6 +22,12 @@ def test_loss_memory() -> None:
 
 
 @pytest.mark.slow
+def test_plan_memory() -> None:
+    lines = run("plan_memory.py", "--devices=2", "--one=debug")
+    assert lines[-1].startswith("debug") and len(lines[-1].split()) == 4
+
+
+@pytest.mark.slow
 def test_grad_cache() -> None:
     lines = run("grad_cache.py", "--batches=16", "--micro_batch=8", "--timed=0")
     assert lines[-1].split()[0] == "16" and len(lines[-1].split()) == 5

@@ -17,7 +17,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from configs import base
-from contrastive_jax import cli, metrics, train
+from contrastive_jax import cli, metrics, processes, train
 from contrastive_jax.processes import PREEMPTED
 
 RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
@@ -257,6 +257,20 @@ def test_evaluate_prints_and_writes_the_table(dataset: pathlib.Path, tmp_path: p
     assert results["protocol"]["pairs"] == 40
     output = finish(start(command(dataset, tmp_path, "--tasks=query", module="evaluate")), status=cli.USER_ERROR)[0]
     assert "--tasks=query: choose one of query_key" in output
+
+
+def test_compiled_programs_are_kept_but_for_those_of_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    processes.enable_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir is None
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    try:
+        processes.enable_compilation_cache()
+        assert jax.config.jax_compilation_cache_dir == os.path.expanduser("~/.cache/contrastive_jax")
+        jax.config.update("jax_compilation_cache_dir", "gs://bucket/programs")  # what JAX_COMPILATION_CACHE_DIR does
+        processes.enable_compilation_cache()
+        assert jax.config.jax_compilation_cache_dir == "gs://bucket/programs"
+    finally:
+        jax.config.update("jax_compilation_cache_dir", None)
 
 
 def test_flags_of_the_module_are_documented() -> None:

@@ -16,6 +16,7 @@ class Chip(NamedTuple):
       flops: peak of dense bfloat16 products, FLOP/s.
       hbm: memory that a program can use, bytes.
       bandwidth: of that memory, bytes/s.
+      axes: numbers in a target's shape: of a slice; nodes and GPUs; devices.
       link: TPU: one link of the torus, one direction; GPU: NVLink of one GPU, one direction; bytes/s.
       clock: TPU: cycles/s, by which the compiler's cycles become seconds.
       cores: TPU: cores that share a kernel's grid.
@@ -26,6 +27,7 @@ class Chip(NamedTuple):
     flops: float
     hbm: float
     bandwidth: float
+    axes: int
     link: float
     clock: float = 0.0
     cores: int = 1
@@ -35,25 +37,25 @@ class Chip(NamedTuple):
 
 # Google's system architecture pages and NVIDIA's data sheets. The usable memory of a TPU is the compiler's own number.
 CHIPS = {
-    "tpu:v4": Chip(275e12, 30.75 * GIB, 1228e9, 45e9, clock=1.05e9, cores=2, torus=4),
-    "tpu:v5e": Chip(197e12, 15.75 * GIB, 819e9, 45e9, clock=1.5e9, torus=16),
-    "tpu:v5p": Chip(459e12, 95.74 * GIB, 2765e9, 90e9, clock=1.75e9, cores=2, torus=4),
-    "tpu:v6e": Chip(918e12, 31.25 * GIB, 1640e9, 90e9, clock=1.75e9, torus=16),
+    "tpu:v4": Chip(275e12, 30.75 * GIB, 1228e9, 3, 45e9, clock=1.05e9, cores=2, torus=4),
+    "tpu:v5e": Chip(197e12, 15.75 * GIB, 819e9, 2, 45e9, clock=1.5e9, torus=16),
+    "tpu:v5p": Chip(459e12, 95.74 * GIB, 2765e9, 3, 90e9, clock=1.75e9, cores=2, torus=4),
+    "tpu:v6e": Chip(918e12, 31.25 * GIB, 1640e9, 2, 90e9, clock=1.75e9, torus=16),
     # JAX takes 92 % of a GPU's memory here (launch/gpu.sh).
-    "gpu:h100": Chip(989e12, 0.92 * 79.6 * GIB, 3350e9, 450e9, network=50e9),
-    "gpu:a100-80": Chip(312e12, 0.92 * 79.6 * GIB, 2039e9, 300e9, network=25e9),
-    "cpu": Chip(2e11, 64 * GIB, 2e10, 1e10, network=1e10),
+    "gpu:h100": Chip(989e12, 0.92 * 79.6 * GIB, 3350e9, 2, 450e9, network=50e9),
+    "gpu:a100-80": Chip(312e12, 0.92 * 79.6 * GIB, 2039e9, 2, 300e9, network=25e9),
+    "cpu": Chip(2e11, 64 * GIB, 2e10, 1, 1e10, network=1e10),
 }
 
 # GpuTargetConfigProto: what XLA's compiler asks of a device that is not there.
 GPU_TARGETS = {
-    "gpu:h100": (9, 0, "NVIDIA H100 80GB HBM3", 132, 1.98, 3352320000000, 52428800, 232448, 233472, 85520809984),
-    "gpu:a100-80": (8, 0, "NVIDIA A100-SXM4-80GB", 108, 1.41, 2039000000000, 41943040, 166912, 167936, 85520809984),
+    "gpu:h100": (9, 0, "NVIDIA H100 80GB HBM3", 132, 1.98, 3352320000000, 52428800, 232448, 233472, 85520809984, 128),
+    "gpu:a100-80": (8, 0, "NVIDIA A100-SXM4-80GB", 108, 1.41, 2039000000000, 41943040, 166912, 167936, 85520809984, 64),
 }
 GPU_TARGET = """
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: {8}
-  threads_per_core_limit: 2048 core_count: {3} fpus_per_core: 64 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+  threads_per_core_limit: 2048 core_count: {3} fpus_per_core: {10} block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
   block_dim_limit_z: 65535 memory_bandwidth: {5} l2_cache_size: {6} clock_rate_ghz: {4} device_memory_size: {9}
   shared_memory_per_block_optin: {7} cuda_compute_capability {{ major: {0} minor: {1} }}
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
@@ -101,8 +103,7 @@ def parse(name: str) -> Target:
     """
     kind, _, shape = name.rpartition(":")
     sizes = shape.split("x")
-    dimensions = {"tpu:v5e": 2, "tpu:v6e": 2, "tpu:v4": 3, "tpu:v5p": 3, "gpu:h100": 2, "gpu:a100-80": 2, "cpu": 1}
-    if kind not in dimensions or len(sizes) != dimensions[kind] or not all(size.isdigit() and int(size) for size in sizes):
+    if kind not in CHIPS or len(sizes) != CHIPS[kind].axes or not all(size.isdigit() and int(size) for size in sizes):
         raise ValueError(f"--target={name}: there are {', '.join(CHIPS)}, each with its shape, such as {EXAMPLES}")
     return Target(name, kind, tuple(int(size) for size in sizes))
 
