@@ -40,7 +40,7 @@ def enable_compilation_cache() -> None:
 
     Not on CPU: programs that JAX 0.10 reads back there have given other losses than those just compiled, or crashed.
     """
-    if jax.default_backend() != "cpu" and not jax.config.jax_compilation_cache_dir:
+    if jax.default_backend() != "cpu" and not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/contrastive_jax"))
 
 
