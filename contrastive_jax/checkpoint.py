@@ -1,9 +1,26 @@
-"""Checkpoints with Orbax: asynchronous, with retention, restored onto any mesh."""
+"""Checkpoints with Orbax: asynchronous, with retention, restored onto any mesh, and verified.
 
+  python -m contrastive_jax.checkpoint verify WORKDIR     reads every checkpoint and says which are whole
+
+Beside the arrays a checkpoint keeps what they were: type, shape and a hash of each (`meta["arrays"]`). What is restored is
+hashed again on the devices, so that no damage of a file, whatever it is, becomes a model.
+"""
+
+import sys
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
+from absl import app, logging
 from etils import epath
+
+from contrastive_jax import digest
+
+ITEMS = ("params", "opt_state", "queue")
+
+
+class DamagedError(ValueError):
+    """A checkpoint that is not what was saved; the message names it and what is wrong."""
 
 
 class Checkpoints:
@@ -18,16 +35,9 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=not read_only, read_only=read_only, enable_async_checkpointing=not read_only
         )
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=options,
-            item_handlers={
-                "params": ocp.StandardCheckpointHandler(),
-                "opt_state": ocp.StandardCheckpointHandler(),
-                "queue": ocp.StandardCheckpointHandler(),
-                "meta": ocp.JsonCheckpointHandler(),
-            },
-        )
+        handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in ITEMS}
+        handlers["meta"] = ocp.JsonCheckpointHandler()
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     def latest(self) -> int | None:
         """The newest step saved, or None."""
@@ -37,25 +47,93 @@ class Checkpoints:
         """The steps saved, ascending."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, meta: dict, **items: Any) -> None:
-        """Starts to save items by name; returns once they are copied off the devices. A step already saved is left alone."""
-        if step == self.latest():
-            return
-        args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        self._manager.save(step, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta)))
+    def save(self, step: int, meta: dict, **items: Any) -> dict[str, dict[str, str]]:
+        """Starts to save items by name; returns their hashes once they are copied off the devices.
 
-    def restore(self, step: int, **shapes: Any) -> dict[str, Any]:
-        """Restores items by name into trees of jax.ShapeDtypeStruct with shardings.
+        A step already saved is left alone.
+        """
+        digests = {name: digest.of_tree(tree) for name, tree in items.items()}
+        if step != self.latest():
+            arrays = {
+                name: {path: [kind, digests[name][path]] for path, kind in digest.describe(tree).items()}
+                for name, tree in items.items()
+            }
+            args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+            self._manager.save(step, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta | {"arrays": arrays})))
+        return digests
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """What was saved beside the items.
 
         Raises:
-          ValueError: the checkpoint's tree or shapes are not these.
+          DamagedError: it cannot be read.
         """
         try:
+            found = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+            {name: dict(arrays) for name, arrays in found["arrays"].items()}
+        except Exception as error:  # whatever Orbax makes of what it finds
+            raise DamagedError(f"{self.directory / str(step)}: its meta cannot be read ({first_line(error)})") from error
+        return found
+
+    def restore(self, step: int, **shapes: Any) -> dict[str, Any]:
+        """Restores items by name into trees of jax.ShapeDtypeStruct with shardings; every process must call it.
+
+        Raises:
+          ValueError: the checkpoint is of another model: its arrays are not these.
+          DamagedError: they are, but cannot be read or are not what was saved.
+        """
+        arrays, where = self.meta(step)["arrays"], self.directory / str(step)
+        for item, tree in shapes.items():
+            wanted, saved = digest.describe(tree), {path: kind for path, (kind, _) in arrays.get(item, {}).items()}
+            odd = sorted(path for path in wanted.keys() | saved.keys() if wanted.get(path) != saved.get(path))
+            if odd:
+                raise ValueError(
+                    f"{where} does not fit this config: {item}/{odd[0]} is {saved.get(odd[0], 'absent')} there, "
+                    f"{wanted.get(odd[0], 'absent')} here; give the config it was trained with, or another workdir"
+                )
+        try:
             args = {name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()}
-            return dict(self._manager.restore(step, args=ocp.args.Composite(**args)).items())
-        except (ValueError, KeyError, TypeError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise ValueError(f"{self.directory / str(step)} does not fit this config: {first}") from error
+            found = dict(self._manager.restore(step, args=ocp.args.Composite(**args)).items())
+            restored = {item: digest.of_tree(tree) for item, tree in found.items()}
+        except Exception as error:  # whatever Orbax and TensorStore make of what they find
+            raise DamagedError(f"{where} cannot be read: {first_line(error)}") from error
+        for item, digests in restored.items():
+            for path, value in digests.items():
+                if value != arrays[item][path][1]:
+                    raise DamagedError(f"{where}: {item}/{path} is not what was saved")
+        return found
+
+    def set_aside(self, step: int) -> None:
+        """Moves a damaged checkpoint to `workdir/damaged`, where nothing looks for one."""
+        target = self.directory.parent / "damaged" / str(step)
+        if jax.process_index() == 0:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.exists():
+                target.rmtree()
+            (self.directory / str(step)).rename(target)
+        self._manager.reload()
+
+    def verify(self, step: int) -> int:
+        """Reads one checkpoint whole, an item at a time, spread over the devices that are here; returns its bytes.
+
+        Raises:
+          DamagedError: it is not what was saved.
+        """
+        mesh, total = jax.make_mesh((jax.device_count(),), ("all",)), 0
+
+        def spread(leaf: Any) -> jax.ShapeDtypeStruct:
+            axis = next((i for i, size in enumerate(leaf.shape) if size % mesh.size == 0), None)
+            where = jax.P() if axis is None else jax.P(*[None] * axis, "all")
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, where))
+
+        for item in self.meta(step)["arrays"]:
+            try:
+                saved = self._manager.item_metadata(step)[item].tree
+                tree = jax.tree.map(spread, saved, is_leaf=lambda leaf: hasattr(leaf, "shape"))
+            except Exception as error:  # whatever Orbax makes of what it finds
+                raise DamagedError(f"{self.directory / str(step)}: {item} cannot be read ({first_line(error)})") from error
+            total += sum(leaf.nbytes for leaf in jax.tree.leaves(self.restore(step, **{item: tree})))
+        return total
 
     def wait(self) -> None:
         """Waits until everything is written."""
@@ -64,3 +142,28 @@ class Checkpoints:
     def close(self) -> None:
         """Waits and releases the threads."""
         self._manager.close()
+
+
+def first_line(error: Exception) -> str:
+    """An error in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def main(argv: list[str]) -> None:
+    """The command: exit status 1 if a checkpoint is damaged, 2 for bad input."""
+    if len(argv) != 3 or argv[1] != "verify" or not (epath.Path(argv[2]) / "checkpoints").exists():
+        print(f"error: {' '.join(argv[1:])}: give `verify WORKDIR`, a folder with checkpoints/", file=sys.stderr)
+        sys.exit(2)
+    logging.set_verbosity(logging.ERROR)
+    checkpoints, damaged = Checkpoints(argv[2], read_only=True), 0
+    for step in checkpoints.steps():
+        try:
+            print(f"{checkpoints.directory / str(step)}: whole, {checkpoints.verify(step) / 1e6:,.1f} MB", flush=True)
+        except ValueError as error:
+            damaged += 1
+            print(f"DAMAGED: {error}", flush=True)
+    sys.exit(1 if damaged or not checkpoints.steps() else 0)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,14 +1,11 @@
-"""What a run reports: embedding statistics, digests, TensorBoard and a JSON-lines file.
+"""What a run reports: embedding statistics, TensorBoard and a JSON-lines file.
 
 Dimensions: b pairs, v = 2 views, e embedding.
 """
 
-import hashlib
 import json
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
-import jax
 import numpy as np
 from etils import epath
 from tensorboard import summary
@@ -36,22 +33,6 @@ def embedding_metrics(z: np.ndarray) -> dict[str, float]:
         "uniformity": float(np.log(potential)),
         "effective_rank": float(np.exp(-(share * np.log(np.maximum(share, 1e-30))).sum())),
     }
-
-
-def parameters_digest(params: Any, fetch: Callable[[jax.Array], np.ndarray]) -> str:
-    """sha256 of all parameters in the order of their paths: name, type, shape, bytes. Equal digests, equal models.
-
-    Args:
-      params: nested dict of arrays.
-      fetch: brings one (sharded) array to the host; every process must call it.
-    """
-    digest = hashlib.sha256()
-    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
-    for name in sorted(leaves):
-        array = np.ascontiguousarray(fetch(leaves[name]))
-        digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
 
 
 class Writer:

@@ -4,7 +4,7 @@ Axes are Auto throughout: XLA inserts the collectives (jax.sharding.AxisType.Aut
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -137,9 +137,3 @@ def to_global(local: Mapping[str, np.ndarray], rows: np.ndarray, batch_size: int
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of an array that every device holds whole."""
     return NamedSharding(mesh, P())
-
-
-def fetch(mesh: Mesh) -> Callable[[jax.Array], np.ndarray]:
-    """A function that brings one array whole to the host of every process."""
-    identity = jax.jit(lambda x: x, out_shardings=replicated(mesh))
-    return lambda x: jax.device_get(identity(x).addressable_data(0))

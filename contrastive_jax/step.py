@@ -3,6 +3,7 @@
 Dimensions: b pairs, n rows (b where spans are not packed), v views, l tokens, e embedding.
 """
 
+import functools
 import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,6 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+
+from contrastive_jax import digest
 
 Params = Any  # nested dict of arrays
 Batch = dict[str, jax.Array]  # tokens and segment int32[n v l] in n rows of packed spans, doc int32[b], text int32[b v]
@@ -71,23 +74,9 @@ def step_key(root: jax.Array, name: str, step: jax.Array) -> jax.Array:
 
 
 def batch_digest(batch: Batch) -> jax.Array:
-    """A hash of the global batch, uint32[2], the same however the batch is sharded.
-
-    Each number, with its place, is mixed by murmur3's finaliser; the sum modulo 2**32 depends on no order.
-    """
-
-    def mix(x: jax.Array) -> jax.Array:
-        x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-        x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-        return x ^ (x >> 16)
-
-    def total(x: jax.Array, salt: int) -> jax.Array:
-        place = jnp.arange(x.size, dtype=jnp.uint32).reshape(x.shape)
-        return jnp.sum(mix(x.astype(jnp.uint32) ^ mix(place + jnp.uint32(salt))))
-
-    salts = ((0x9E3779B9, 0x7F4A7C15), (0x632BE5AB, 0x85157AF5), (0x2545F491, 0x9E6C63D0))
-    arrays = (batch["tokens"], batch["segment"], batch["doc"])
-    return jnp.stack([jnp.stack([total(x, salt) for salt in both]) for x, both in zip(arrays, salts, strict=True)]).sum(0)
+    """A hash of the global batch, uint32[4], the same however the batch is sharded."""
+    words = [digest.of_array(batch[name]) for name in ("tokens", "segment", "doc")]
+    return functools.reduce(lambda total, word: digest.mix(total) + word, words)
 
 
 def make_train_step(

@@ -19,7 +19,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from contrastive_jax import build as build_lib
-from contrastive_jax import checkpoint, cli, metrics, processes, sharding
+from contrastive_jax import checkpoint, cli, digest, metrics, processes, sharding
 from contrastive_jax import step as step_lib
 from contrastive_jax.data import pipeline
 from contrastive_jax.evals import query_key
@@ -30,11 +30,13 @@ STOP_AT_STEP = flags.DEFINE_integer("stop_at_step", None, "Save and end at this 
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
+STRICT = flags.DEFINE_bool("strict", False, "Stop at a damaged checkpoint, where the one before it would be taken.")
+OTHER_DATA = flags.DEFINE_bool("other_data", False, "Go on from a checkpoint although the dataset or the batch size changed.")
 CLUSTER = flags.DEFINE_bool("cluster", False, "Take coordinator and processes from the environment (TPU pod, SLURM).")
 
 
 class Setup(NamedTuple):
-    """A run with its data, ready for the loop."""
+    """A run with its data, ready for the loop; what --strict and --other_data say."""
 
     config: ConfigDict
     workdir: epath.Path
@@ -42,9 +44,11 @@ class Setup(NamedTuple):
     manifest: dict
     windows: pipeline.Windows
     pairs: query_key.Pairs | None
+    strict: bool
+    other_data: bool
 
 
-def set_up(config: ConfigDict, workdir: epath.Path) -> Setup:
+def set_up(config: ConfigDict, workdir: epath.Path, strict: bool = False, other_data: bool = False) -> Setup:
     """Opens the data, builds the run, checks that all processes agree, and records the config in the workdir.
 
     Raises:
@@ -66,17 +70,42 @@ def set_up(config: ConfigDict, workdir: epath.Path) -> Setup:
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "config.json").write_text(cli.to_json(config))
-    return Setup(config, workdir, run, manifest, windows, pairs)
+    return Setup(config, workdir, run, manifest, windows, pairs, strict, other_data)
 
 
-def restore_or_init(run: build_lib.Run, checkpoints: checkpoint.Checkpoints) -> step_lib.TrainState:
-    """The newest checkpoint, laid out for this mesh, or a fresh state."""
-    latest = checkpoints.latest()
-    if latest is None:
-        return run.init()
-    logging.info("resuming from %s", checkpoints.directory / str(latest))
-    step = jax.device_put(np.int32(latest), run.shapes.step.sharding)
-    return run.shapes._replace(step=step, **checkpoints.restore(latest, **items_of(run.shapes)))
+def restore_or_init(setup: Setup, checkpoints: checkpoint.Checkpoints) -> step_lib.TrainState:
+    """The newest whole checkpoint, laid out for this mesh, or a fresh state.
+
+    Raises:
+      ValueError: the checkpoint is of another model, or of other batches; or damaged (with --strict, or if all are).
+    """
+    shapes, steps = setup.run.shapes, checkpoints.steps()
+    for number in reversed(steps):
+        try:
+            check_same_batches(setup, checkpoints.meta(number))
+            items = checkpoints.restore(number, **items_of(shapes))
+        except checkpoint.DamagedError as error:
+            if setup.strict or number == steps[0]:
+                raise
+            logging.warning("%s; going back to the checkpoint before it", error)
+            checkpoints.set_aside(number)
+            continue
+        logging.info("resuming from %s", checkpoints.directory / str(number))
+        return shapes._replace(step=jax.device_put(np.int32(number), shapes.step.sharding), **items)
+    return setup.run.init()
+
+
+def check_same_batches(setup: Setup, meta: dict[str, Any]) -> None:
+    """Raises ValueError if the run would go on with other batches than those it was begun with, unless that is meant."""
+    if setup.other_data:
+        return
+    before, now = meta["config"]["data"]["batch_size"], setup.config.data.batch_size
+    if before != now:
+        raise ValueError(f"config.data.batch_size={now}: this run has {before} so far; restore it, or say --other_data")
+    if meta["data"] != setup.manifest["content_hash"]:
+        raise ValueError(
+            f"config.data.dir={setup.config.data.dir} holds other data than this run had; restore it, or say --other_data"
+        )
 
 
 def items_of(state: step_lib.TrainState) -> dict[str, Any]:
@@ -116,8 +145,7 @@ class Reporter:
             first = self._step - len(steps) + 1
             bad = [str(first + i) for i in np.flatnonzero(~np.isfinite(losses))]
             raise FloatingPointError(f"the loss is not finite at step {', '.join(bad)}; the last checkpoint is sound")
-        digest = steps[-1].pop("batch_digest")
-        self.batch_digest = "".join(f"{word:08x}" for word in digest)
+        self.batch_digest = "".join(f"{word:08x}" for word in steps[-1].pop("batch_digest"))
         if z is not None:
             mean = {name: float(np.mean([values[name] for values in steps])) for name in steps[-1]}
             self._write(mean, len(steps), seconds, self._local(self._sample(z)))
@@ -162,13 +190,12 @@ def evaluate(setup: Setup, pairs: query_key.Pairs, params: Any, step: int, write
         writer.write(step, {f"query_key/{name}": value for name, value in scores.items()})
 
 
-def save(setup: Setup, checkpoints: checkpoint.Checkpoints, state: step_lib.TrainState, step: int, digest: str) -> None:
+def save(setup: Setup, checkpoints: checkpoint.Checkpoints, state: step_lib.TrainState, step: int, batch: str) -> None:
     """Starts a checkpoint and prints the digests by which two runs can be compared."""
     meta = {"config": json.loads(cli.to_json(setup.config)), "data": setup.manifest["content_hash"]}
     with jax.transfer_guard("allow"):
-        checkpoints.save(step, meta, **items_of(state))
-        parameters = metrics.parameters_digest(state.params, sharding.fetch(setup.run.mesh))
-    logging.info("step %d  parameters digest: %s  batch digest: %s", step, parameters, digest)
+        digests = checkpoints.save(step, meta, **items_of(state))
+    logging.info("step %d  parameters digest: %s  batch digest: %s", step, digest.summary(digests["params"]), batch)
 
 
 def loop(setup: Setup, stop_at: int) -> int:
@@ -181,7 +208,8 @@ def loop(setup: Setup, stop_at: int) -> int:
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(contextlib.closing(checkpoint.Checkpoints(setup.workdir, config.keep)))
         preemption = processes.Preemption()
-        state = restore_or_init(run, checkpoints)
+        with cli.user_errors():
+            state = restore_or_init(setup, checkpoints)
         first = step = int(jax.device_get(state.step))
         writer = None
         if jax.process_index() == 0:
@@ -219,7 +247,7 @@ def main(argv: list[str]) -> None:
     with cli.user_errors():
         processes.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, CLUSTER.value)
         processes.enable_compilation_cache()
-        setup = set_up(CONFIG.value, epath.Path(WORKDIR.value))
+        setup = set_up(CONFIG.value, epath.Path(WORKDIR.value), STRICT.value, OTHER_DATA.value)
     logging.info("%d devices in %d processes, mesh %s", jax.device_count(), jax.process_count(), dict(setup.run.mesh.shape))
     logging.info("parameters\n%s", parameter_overview.get_parameter_overview(setup.run.shapes.params, include_stats=False))
     logging.info("metrics: %s/metrics.jsonl; curves: tensorboard --logdir=%s", setup.workdir, setup.workdir)

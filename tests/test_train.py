@@ -17,7 +17,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from configs import base
-from contrastive_jax import cli, metrics, processes, train
+from contrastive_jax import cli, digest, metrics, processes, train
 from contrastive_jax.processes import PREEMPTED
 
 RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
@@ -68,23 +68,23 @@ def test_resume_is_exact_with_dropout(name: str, dataset: pathlib.Path, tmp_path
     parts = fit(config, tmp_path / "parts")
     keys = ("step", "loss", "batch_digest", "gradient_norm")
     assert [[line[key] for key in keys] for line in whole] == [[line[key] for key in keys] for line in parts]
-    assert digest(config, tmp_path / "whole") == digest(config, tmp_path / "parts")
+    assert digest_of(config, tmp_path / "whole") == digest_of(config, tmp_path / "parts")
     assert sorted(path.name for path in (tmp_path / "parts" / "checkpoints").iterdir()) == ["3", "4", "6"]
 
 
-def digest(config: ConfigDict, workdir: pathlib.Path) -> str:
+def digest_of(config: ConfigDict, workdir: pathlib.Path) -> str:
     setup = train.set_up(config, epath.Path(workdir))
-    state = train.restore_or_init(setup.run, train.checkpoint.Checkpoints(workdir))
-    return metrics.parameters_digest(state.params, jax.device_get)
+    state = train.restore_or_init(setup, train.checkpoint.Checkpoints(workdir))
+    return digest.summary(digest.of_tree(state.params))
 
 
 def test_checkpoint_restores_onto_another_mesh(dataset: pathlib.Path, tmp_path: pathlib.Path) -> None:
     config = shrink(recipe("debug"), dataset)
     config.steps = 2
     fit(config, tmp_path)
-    before = digest(config, tmp_path)
+    before = digest_of(config, tmp_path)
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 2, 2, 2
-    assert digest(config, tmp_path) == before
+    assert digest_of(config, tmp_path) == before
 
 
 def test_training_learns(dataset: pathlib.Path, tmp_path: pathlib.Path) -> None:
