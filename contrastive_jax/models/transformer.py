@@ -20,12 +20,7 @@ from contrastive_jax.models.attention import Attend
 from contrastive_jax.models.layout import Layout
 from contrastive_jax.models.rows import Noise, Rows, dropout
 
-# Their backward pass keeps their argument alone.
-ACTIVATIONS: dict[str, Callable] = {
-    "gelu": jax.checkpoint(jax.nn.gelu),
-    "geglu": jax.checkpoint(jax.nn.gelu),
-    "swiglu": jax.checkpoint(jax.nn.silu),
-}
+ACTIVATIONS: dict[str, Callable] = {"gelu": jax.nn.gelu, "geglu": jax.nn.gelu, "swiglu": jax.nn.silu}
 
 
 def parameter(rngs: nnx.Rngs, init: Callable, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
@@ -153,7 +148,9 @@ class Mlp(nnx.Module):
 
     def __init__(self, config: ConfigDict, layout: Layout, out_std: float, rngs: nnx.Rngs):
         d, f = config.d_model, config.d_ff
-        self.activation = ACTIVATIONS[config.mlp]
+        activation = ACTIVATIONS[config.mlp]
+        # Only its argument is kept for the backward pass; where the block is recomputed, that is so already.
+        self.activation = jax.checkpoint(activation) if config.remat == "none" else activation
         self.up = Linear(config, layout, (d, f), ("embed", "mlp"), rngs)
         self.gate = Linear(config, layout, (d, f), ("embed", "mlp"), rngs) if config.mlp != "gelu" else None
         self.down = Linear(config, layout, (f, d), ("mlp", "embed"), rngs, init_std=out_std)
