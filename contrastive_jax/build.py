@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from contrastive_jax import grad_cache, optim, sharding
 from contrastive_jax import step as step_lib
-from contrastive_jax.data import spans
+from contrastive_jax.data import packing, spans
 from contrastive_jax.models import encoder as encoder_lib
 from contrastive_jax.models.layout import Layout
 from contrastive_jax.objectives import pairs
@@ -57,7 +57,9 @@ def build(config: ConfigDict, mesh: Mesh, vocab_size: int) -> Run:
     """
     layout = Layout(mesh, sharding.BATCH[0], "tensor", sharding.RULES)
     encoder = encoder_lib.make(config.model, padded_vocab(vocab_size), config.data.length, layout)
-    views, dim = spans.make(config.data).views, config.model.embedding_dim or config.model.d_model
+    sampler = spans.make(config.data)
+    packing.check(config.data, sampler.min_span + 2 * config.data.delimiters)
+    views, dim = sampler.views, config.model.embedding_dim or config.model.d_model
     axes = sharding.BATCH[0]
     objective = pairs.make(config.objective, views, dim, mesh, axes)
     queue_lib.check(config.objective, views)
@@ -135,7 +137,7 @@ def micro_batch(config: ConfigDict, mesh: Mesh) -> int:
 def make_encode_batch(apply: Callable, config: ConfigDict, mesh: Mesh) -> Callable:
     """The encoder of a step: all at once, or in micro-batches."""
     size = micro_batch(config, mesh)
-    spans_, rows_ = packing = config.data.pack_pairs, config.data.pack_rows
+    spans_, rows_ = config.data.pack_pairs, config.data.pack_rows
 
     def encode(params: Any, batch: step_lib.Batch, key: jax.Array) -> jax.Array:
         def groups(params: Any, arrays: step_lib.Batch) -> jax.Array:
@@ -143,7 +145,7 @@ def make_encode_batch(apply: Callable, config: ConfigDict, mesh: Mesh) -> Callab
             m, _, v, _ = arrays["tokens"].shape
             by_view = (arrays[name].swapaxes(1, 2) for name in ("tokens", "segment", "row"))
             tokens, segment, row = (x.reshape(m * v * rows_, *x.shape[3:]) for x in by_view)
-            return apply(params, tokens, segment, key, row, packing).reshape(m, v, spans_, -1).swapaxes(1, 2)
+            return apply(params, tokens, segment, key, row, (spans_, rows_)).reshape(m, v, spans_, -1).swapaxes(1, 2)
 
         whole = grad_cache.cached(groups, size // spans_, mesh, sharding.BATCH[0]) if size else groups
         z = whole(params, jax.tree.map(lambda x: x.reshape(-1, rows_, *x.shape[1:]), batch))

@@ -13,6 +13,7 @@ import jax
 import orbax.checkpoint as ocp
 from absl import app, logging
 from etils import epath
+from jax.experimental import multihost_utils
 
 from contrastive_jax import digest
 
@@ -104,13 +105,15 @@ class Checkpoints:
         return found
 
     def set_aside(self, step: int) -> None:
-        """Moves a damaged checkpoint to `workdir/damaged`, where nothing looks for one."""
+        """Moves a damaged checkpoint to `workdir/damaged`, where nothing looks for one; every process must call it."""
         target = self.directory.parent / "damaged" / str(step)
         if jax.process_index() == 0:
             target.parent.mkdir(parents=True, exist_ok=True)
             if target.exists():
                 target.rmtree()
             (self.directory / str(step)).rename(target)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"checkpoint {step} set aside")
         self._manager.reload()
 
     def verify(self, step: int) -> int:

@@ -75,7 +75,7 @@ def test_every_command_of_the_readme_is_run(tmp_path: pathlib.Path) -> None:
         )
         assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
         ran += 1
-    assert ran == 6
+    assert ran == 7
     assert (tmp_path / "runs/pile_small/query_key.json").exists()
 
 
