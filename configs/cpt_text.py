@@ -16,7 +16,7 @@ estimate: utilisation and speed are upper bounds; jax 0.10.2, vocabulary 65,536)
 
 On tpu:v5p:8x8x4, with --config.model.remat=dots --config.model.scan=False, S takes 0.32 s a step, MFU 66 %.
 
-Rows are filled to 56 % by such spans. Packed, 48 pairs in 15 rows of 1,024 tokens a view (90 % full, 0.4 % of the tokens cut), S
+Rows are filled to 56 % by such spans. Packed, 48 pairs in 15 rows of 1,024 tokens a view (90 % full, 0.4 % of tokens cut), S
 on tpu:v5e:16x16 takes 0.61 s a step, 20,100 pairs/s, 5.2 GiB; the price is a table of 1,024 positions:
   --config.data.length=1024 --config.data.pack_pairs=48 --config.data.pack_rows=15
 """
