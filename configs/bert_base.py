@@ -3,7 +3,7 @@
   bash launch/gpu.sh --config=configs/bert_base.py --config.data.dir=DIR --workdir=DIR
   python -m contrastive_jax.plan --config=configs/bert_base.py --target=gpu:h100:1x1
 
-By the plan (upper bounds; vocabulary 65,536): one H100 39.4 of 73.2 GiB, 0.79 s a step, MFU 35 % (roofline); v5e-16 5.0 of
+By the plan (upper bounds; vocabulary 65,536): one H100 39.4 of 73.2 GiB, 0.78 s a step, MFU 35 % (roofline); v5e-16 5.0 of
 15.8 GiB, 0.24 s, MFU 37 %, 49 % with recomputed FLOPs. Not trained at this size by us: no quality is claimed.
 """
 
