@@ -6,6 +6,8 @@ Beside the arrays a checkpoint keeps what they were: type, shape and a hash of e
 hashed again on the devices, so that no damage of a file, whatever it is, becomes a model.
 """
 
+import hashlib
+import json
 import sys
 from typing import Any
 
@@ -60,20 +62,24 @@ class Checkpoints:
                 for name, tree in items.items()
             }
             args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-            self._manager.save(step, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta | {"arrays": arrays})))
+            meta = meta | {"arrays": arrays}
+            meta["hash"] = hash_of(meta)
+            self._manager.save(step, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta)))
         return digests
 
     def meta(self, step: int) -> dict[str, Any]:
         """What was saved beside the items.
 
         Raises:
-          DamagedError: it cannot be read.
+          DamagedError: it cannot be read or is not what was saved.
         """
         try:
             found = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-            {name: dict(arrays) for name, arrays in found["arrays"].items()}
+            saved = found.pop("hash")
         except Exception as error:  # whatever Orbax makes of what it finds
             raise DamagedError(f"{self.directory / str(step)}: its meta cannot be read ({first_line(error)})") from error
+        if saved != hash_of(found):
+            raise DamagedError(f"{self.directory / str(step)}: its meta is not what was saved")
         return found
 
     def restore(self, step: int, **shapes: Any) -> dict[str, Any]:
@@ -145,6 +151,11 @@ class Checkpoints:
     def close(self) -> None:
         """Waits and releases the threads."""
         self._manager.close()
+
+
+def hash_of(meta: dict[str, Any]) -> str:
+    """sha256 of what JSON makes of it."""
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def first_line(error: Exception) -> str:

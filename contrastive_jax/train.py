@@ -49,7 +49,7 @@ class Setup(NamedTuple):
 
 
 def set_up(config: ConfigDict, workdir: epath.Path, strict: bool = False, other_data: bool = False) -> Setup:
-    """Opens the data, builds the run, checks that all processes agree, and records the config in the workdir.
+    """Opens the data, builds the run, checks that all processes agree, and makes the workdir.
 
     Raises:
       ValueError: the config, the data or the other processes do not fit; the message names the key.
@@ -69,7 +69,6 @@ def set_up(config: ConfigDict, workdir: epath.Path, strict: bool = False, other_
     pairs = query_key.make_pairs(held_out, config.eval, config.data) if held_out else None
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "config.json").write_text(cli.to_json(config))
     return Setup(config, workdir, run, manifest, windows, pairs, strict, other_data)
 
 
@@ -213,6 +212,8 @@ def loop(setup: Setup, stop_at: int) -> int:
         first = step = int(jax.device_get(state.step))
         writer = None
         if jax.process_index() == 0:
+            # Only now: a run that was refused must leave the config of the one that is there.
+            (setup.workdir / "config.json").write_text(cli.to_json(config))
             writer = stack.enter_context(contextlib.closing(metrics.Writer(setup.workdir, first)))
         reporter = Reporter(setup, first, writer)
         rows = sharding.rows_of_process(config.data.batch_size, run.mesh)

@@ -129,6 +129,10 @@ def test_another_run_is_refused(trained: tuple[ConfigDict, pathlib.Path]) -> Non
     config.model.d_ff, config.data.batch_size, config.objective.queue = 32, 24, 2
     with pytest.raises(ValueError, match="config.data.batch_size=24: this run has 16 so far"):
         train.restore_or_init(train.set_up(config, epath.Path(workdir)), checkpoint.Checkpoints(workdir))
+    before = (workdir / "config.json").read_text()
+    with pytest.raises(SystemExit):
+        train.loop(train.set_up(config, epath.Path(workdir)), 5)
+    assert (workdir / "config.json").read_text() == before  # a refused run changes nothing
     config.data.batch_size, config.objective.queue = 16, trained[0].objective.queue
     setup = train.set_up(config, epath.Path(workdir))
     other = setup._replace(manifest=setup.manifest | {"content_hash": "other"})
