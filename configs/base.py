@@ -163,6 +163,23 @@ def get_config() -> ConfigDict:
     # Gradients are scaled down to this global norm (0: never).
     config.optim.clip_norm = 1.0
 
+    config.guard = ConfigDict()
+    # Steps in a row that may be skipped because loss, gradient or new parameters are not finite; one more stops the run.
+    config.guard.skipped_in_a_row = 10
+    # Collapse: a warning, or after `patience` log lines in a row the end, where a statistic of the embeddings is below these
+    # (0: never) once these steps and those of optim.warmup_steps are over. The effective rank is 1 where all lie on a line;
+    # the standard deviation, of the whole vector, is 0 where all are one, 0.1 at a mean cosine of 0.99, and 1 where they are
+    # evenly spread. (Before training the shipped recipes have 0.3 and more, and ranks near 100.)
+    config.guard.warmup_steps = 100
+    config.guard.patience = 3
+    config.guard.effective_rank_warn = 4.0
+    config.guard.effective_rank_stop = 2.0
+    config.guard.embedding_std_warn = 0.2
+    config.guard.embedding_std_stop = 0.1
+    # A temperature that changes by more than these factors in one step: a warning, the end.
+    config.guard.temperature_jump_warn = 1.1
+    config.guard.temperature_jump_stop = 1.5
+
     config.mesh = ConfigDict()
     # Devices along each axis; one of them may be -1: all that remain.
     config.mesh.data = -1

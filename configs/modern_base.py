@@ -3,7 +3,7 @@
   bash launch/gpu.sh --config=configs/modern_base.py --config.data.dir=DIR --workdir=DIR
   python -m contrastive_jax.plan --config=configs/modern_base.py --target=gpu:h100:1x1
 
-By the plan (upper bounds; vocabulary 65,536): one H100 55.1 of 73.2 GiB, 2.1 s a step, MFU 38 % (roofline); v5e-16 8.3 of
+By the plan (upper bounds; vocabulary 65,536): one H100 57.1 of 73.2 GiB, 2.1 s a step, MFU 38 % (roofline); v5e-16 8.3 of
 15.8 GiB, 0.88 s, MFU 29 %, 38 % with recomputed FLOPs. Not trained at this size by us: no quality is claimed.
 """
 

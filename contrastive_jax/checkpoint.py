@@ -6,12 +6,15 @@ Beside the arrays a checkpoint keeps what they were: type, shape and a hash of e
 hashed again on the devices, so that no damage of a file, whatever it is, becomes a model.
 """
 
+import contextlib
 import hashlib
 import json
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import app, logging
 from etils import epath
@@ -40,6 +43,7 @@ class Checkpoints:
         )
         handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in ITEMS}
         handlers["meta"] = ocp.JsonCheckpointHandler()
+        self._handlers = handlers
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     def latest(self) -> int | None:
@@ -68,18 +72,17 @@ class Checkpoints:
         return digests
 
     def meta(self, step: int) -> dict[str, Any]:
-        """What was saved beside the items.
+        """What was saved beside the items; every process must call it.
 
         Raises:
           DamagedError: it cannot be read or is not what was saved.
         """
-        try:
-            found = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        where = self.directory / str(step)
+        with agreement(f"{where}: its meta cannot be read"):
+            found = self._handlers["meta"].restore(where / "meta", ocp.args.JsonRestore())
             saved = found.pop("hash")
-        except Exception as error:  # whatever Orbax makes of what it finds
-            raise DamagedError(f"{self.directory / str(step)}: its meta cannot be read ({first_line(error)})") from error
         if saved != hash_of(found):
-            raise DamagedError(f"{self.directory / str(step)}: its meta is not what was saved")
+            raise DamagedError(f"{where}: its meta is not what was saved")
         return found
 
     def restore(self, step: int, **shapes: Any) -> dict[str, Any]:
@@ -98,14 +101,14 @@ class Checkpoints:
                     f"{where} does not fit this config: {item}/{odd[0]} is {saved.get(odd[0], 'absent')} there, "
                     f"{wanted.get(odd[0], 'absent')} here; give the config it was trained with, or another workdir"
                 )
-        try:
-            args = {name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()}
-            found = dict(self._manager.restore(step, args=ocp.args.Composite(**args)).items())
-            restored = {item: digest.of_tree(tree) for item, tree in found.items()}
-        except Exception as error:  # whatever Orbax and TensorStore make of what they find
-            raise DamagedError(f"{where} cannot be read: {first_line(error)}") from error
-        for item, digests in restored.items():
-            for path, value in digests.items():
+        with agreement(f"{where} cannot be read"):
+            # Not by the manager, which waits for all processes: one whose part of a file is damaged would never come.
+            found = {
+                name: self._handlers[name].restore(where / name, args=ocp.args.StandardRestore(tree))
+                for name, tree in shapes.items()
+            }
+        for item, tree in found.items():
+            for path, value in digest.of_tree(tree).items():
                 if value != arrays[item][path][1]:
                     raise DamagedError(f"{where}: {item}/{path} is not what was saved")
         return found
@@ -151,6 +154,22 @@ class Checkpoints:
     def close(self) -> None:
         """Waits and releases the threads."""
         self._manager.close()
+
+
+@contextlib.contextmanager
+def agreement(what: str) -> Iterator[None]:
+    """Reads what one process can read and another may not: where one fails, all raise DamagedError, with its reason."""
+    reason = ""
+    try:
+        yield
+    except Exception as error:  # whatever Orbax and TensorStore make of what they find
+        reason = f"{what} ({first_line(error)})"
+    if jax.process_count() > 1:
+        mine = np.frombuffer(reason.encode()[:400].ljust(400), np.uint8)
+        every = (bytes(row).decode(errors="replace").strip() for row in multihost_utils.process_allgather(mine))
+        reason = next(filter(None, every), "")
+    if reason:
+        raise DamagedError(reason)
 
 
 def hash_of(meta: dict[str, Any]) -> str:

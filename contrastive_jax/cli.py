@@ -7,11 +7,23 @@ import os
 import runpy
 import sys
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 USER_ERROR = 2
+
+
+class Failure(SystemExit):
+    """The end of a command by an error that is told in one line; `status` is its exit status."""
+
+    def __init__(self, message: str, status: int = USER_ERROR):
+        super().__init__(status)
+        self.message, self.status = " ".join(message.split()), status
+
+    def __str__(self) -> str:
+        return self.message
 
 
 @contextlib.contextmanager
@@ -23,10 +35,11 @@ def user_errors() -> Iterator[None]:
         fail(str(error))
 
 
-def fail(message: str) -> None:
+def fail(message: str, status: int = USER_ERROR) -> NoReturn:
     """Ends the command with a one-line message."""
-    print("error: " + " ".join(message.split()), file=sys.stderr)
-    sys.exit(USER_ERROR)
+    failure = Failure(message, status)
+    print(f"error: {failure}", file=sys.stderr, flush=True)
+    raise failure
 
 
 def define_config() -> flags.FlagHolder:

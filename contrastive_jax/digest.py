@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import math
+import pathlib
 from typing import Any
 
 import jax
@@ -56,6 +57,15 @@ def of_tree(tree: Any) -> dict[str, str]:
     whole = jax.NamedSharding(lies.mesh, jax.P()) if isinstance(lies, jax.NamedSharding) else None
     words = jax.device_get(of_arrays(list(leaves.values()), whole).addressable_data(0))
     return {name: "".join(f"{word:08x}" for word in row) for name, row in zip(leaves, words, strict=True)}
+
+
+def of_code() -> str:
+    """A hash of this package's source: by it a checkpoint or a result says which code made it."""
+    package = pathlib.Path(__file__).parent
+    found = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        found.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return found.hexdigest()
 
 
 def summary(digests: dict[str, str]) -> str:

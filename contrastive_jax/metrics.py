@@ -16,7 +16,8 @@ def embedding_metrics(z: np.ndarray) -> dict[str, float]:
 
     Alignment is the mean squared distance of positives, uniformity the log of the mean Gaussian potential of anchors (Wang and
     Isola, https://arxiv.org/abs/2005.10242); the effective rank is the exponential of the entropy of the normalised singular
-    values of the anchors (Roy and Vetterli, 2007): 1 where all embeddings are collinear, min(b, e) at most.
+    values of the anchors (Roy and Vetterli, 2007): 1 where all embeddings are collinear, min(b, e) at most. The standard
+    deviation is that of the whole vector, √(1 - |mean|²): 0 where all anchors are one, 1 where they are evenly spread.
 
     Args:
       z: float32[b 2 e], unit vectors.
@@ -32,7 +33,15 @@ def embedding_metrics(z: np.ndarray) -> dict[str, float]:
         "alignment": float(np.square(anchor - positive).sum(-1).mean()),
         "uniformity": float(np.log(potential)),
         "effective_rank": float(np.exp(-(share * np.log(np.maximum(share, 1e-30))).sum())),
+        "embedding_std": float(np.sqrt(anchor.var(0).sum())),
     }
+
+
+def write_text(path: epath.Path, text: str) -> None:
+    """Replaces a file at once, so that whoever reads it, or is killed here, finds the old text or the new one."""
+    beside = path.parent / f".{path.name}.new"
+    beside.write_text(text)
+    beside.replace(path)
 
 
 class Writer:
@@ -41,9 +50,9 @@ class Writer:
     def __init__(self, workdir: epath.Path, first_step: int):
         path = workdir / "metrics.jsonl"
         # A restart repeats the steps since its checkpoint: what an earlier run wrote of them is dropped.
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= first_step]
-        path.write_text("".join(line + "\n" for line in kept))
+        # (Its last line, if it was killed, may be half a line.)
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        write_text(path, "".join(x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= first_step))
         self._file = path.open("a")
         self._events = summary.Writer(str(workdir))
 

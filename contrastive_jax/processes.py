@@ -2,19 +2,34 @@
 
 import hashlib
 import os
+import re
 import signal
+import threading
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
+from jax._src import clusters
 from jax.experimental import multihost_utils
+
+from contrastive_jax import peers
+from contrastive_jax.peers import Peers
 
 # Exit status of a run that was told to end and has saved (sysexits' EX_TEMPFAIL): the launchers start it again.
 PREEMPTED = 75
+# The watch of a run of one process.
+ALONE = Peers("localhost:2", 1, 0, 1.0)
 
 
-def initialize(coordinator: str | None, num_processes: int | None, process_id: int | None, cluster: bool) -> None:
+def join(
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    cluster: bool = False,
+    join_seconds: int = 300,
+    silent_seconds: int = 40,
+) -> Peers:
     """Joins the other processes; must run before JAX first looks for devices.
 
     Args:
@@ -22,17 +37,37 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
       num_processes: how many there are.
       process_id: this one's number, from 0.
       cluster: take all three from the environment (TPU pod, SLURM, Open MPI).
+      join_seconds: how long to wait for the others.
+      silent_seconds: after how long a process that does nothing is taken to hang.
+
+    Returns:
+      The watch over the others.
 
     Raises:
-      ValueError: only some of the three are given, or both ways are asked for.
+      ValueError: only some of the three are given, or both ways are asked for; or a process did not come, which is named.
     """
     given = [x is not None for x in (coordinator, num_processes, process_id)]
     if any(given) and (cluster or not all(given)):
         raise ValueError("give --coordinator, --num_processes and --process_id together, or --cluster alone")
+    for name, value in (("join_seconds", join_seconds), ("silent_seconds", silent_seconds)):
+        if value < 1:
+            raise ValueError(f"--{name}={value}: must be at least 1")
     if cluster:
-        jax.distributed.initialize()
-    elif all(given):
-        jax.distributed.initialize(coordinator, num_processes, process_id)
+        # What jax.distributed.initialize() itself asks; here, since it does not tell, and waits for all without a name.
+        found = clusters.ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, join_seconds)
+        coordinator, num_processes, process_id = found[:3]
+        if coordinator is None or num_processes is None or process_id is None:
+            raise ValueError("--cluster: no TPU pod, SLURM or Open MPI job is around; give --coordinator and the two beside it")
+    if coordinator is None or num_processes is None or process_id is None:
+        return ALONE
+    if not 0 <= process_id < num_processes:
+        raise ValueError(f"--process_id={process_id}: must be in [0, --num_processes={num_processes})")
+    if not re.fullmatch(r".+:\d{1,5}", coordinator):
+        raise ValueError(f"--coordinator={coordinator}: give HOST:PORT of process 0")
+    others = Peers(coordinator, num_processes, process_id, silent_seconds)
+    others.join(join_seconds)
+    jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=join_seconds)
+    return others
 
 
 def enable_compilation_cache() -> None:
@@ -61,21 +96,37 @@ def check_agreement(**values: str) -> None:
 
 
 class Preemption:
-    """Whether the run was asked to end (SIGTERM); all processes learn it at the same step."""
+    """Whether the run was asked to end (SIGTERM); all processes learn it at the same step.
 
-    def __init__(self) -> None:
-        self._asked = False
+    Args:
+      grace_seconds: where saving takes longer than this, the process ends without; 0: it takes what it takes.
+    """
+
+    def __init__(self, grace_seconds: int = 0) -> None:
+        self._grace, self._asked = grace_seconds, False
         # With several processes, JAX's coordination service has taken SIGTERM and finds a step that all have yet to reach.
         if jax.process_count() == 1:
             signal.signal(signal.SIGTERM, self._ask)
 
     def _ask(self, number: int, frame: Any) -> None:
         del number, frame
+        self._note("SIGTERM: saving at the end of this step")
+
+    def _note(self, line: str) -> None:
+        if self._asked:
+            return
         self._asked = True
-        logging.info("SIGTERM: saving at the end of this step")
+        logging.info("%s", line)
+        if self._grace:
+            reason = f"not saved within --grace_seconds={self._grace}; the checkpoint before stays"
+            timer = threading.Timer(self._grace, peers.end_process, (reason, PREEMPTED))
+            timer.daemon = True
+            timer.start()
 
     def reached(self, step: int) -> bool:
         """Whether to save and end at this step; every process must ask, once a step."""
         if jax.process_count() == 1:
             return self._asked
-        return multihost_utils.reached_preemption_sync_point(step)
+        if multihost_utils.reached_preemption_sync_point(step):
+            self._note(f"SIGTERM: saving at step {step}, as all processes do")
+        return self._asked

@@ -119,9 +119,16 @@ def make_train_step(
         params = params | {"objective": project(params["objective"])}
         if memory is not None:
             queue = memory.follow(queue, params["encoder"])
+        # A step that is not finite changes nothing: neither moments nor queue may remember it.
+        norms = jnp.stack([value, optax.tree.norm(gradient), optax.tree.norm(params)])
+        finite = jnp.isfinite(norms).all()
+        old = (state.params, state.opt_state, state.queue)
+        params, opt_state, queue = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (params, opt_state, queue), old)
         metrics |= {
             "loss": value,
-            "gradient_norm": optax.tree.norm(gradient),
+            "gradient_norm": norms[1],
+            "parameter_norm": norms[2],
+            "skipped": ~finite,
             "tokens": (batch["segment"] > 0).sum(),
             "fill": (batch["segment"] > 0).mean(),
             "batch_digest": batch_digest(batch),

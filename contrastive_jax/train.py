@@ -2,7 +2,8 @@
 
 Start it again with the same workdir and it goes on from its newest checkpoint. Several processes: --coordinator=HOST:PORT
 --num_processes=N --process_id=I on each, or --cluster where the environment knows (TPU pod, SLURM). Exit status: 0 at the end,
-2 for bad input, 75 where SIGTERM ended it after a save: start it again.
+1 where this machine or another process failed, 2 for bad input, 3 where the run no longer trains (config.guard), 75 where
+SIGTERM ended it after a save: start it again.
 """
 
 import contextlib
@@ -19,10 +20,11 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from contrastive_jax import build as build_lib
-from contrastive_jax import checkpoint, cli, digest, metrics, processes, sharding
+from contrastive_jax import checkpoint, cli, digest, guard, metrics, processes, sharding
 from contrastive_jax import step as step_lib
 from contrastive_jax.data import pipeline
 from contrastive_jax.evals import query_key
+from contrastive_jax.peers import Peers
 
 CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, metrics and results; local or gs://.", required=True)
@@ -30,6 +32,12 @@ STOP_AT_STEP = flags.DEFINE_integer("stop_at_step", None, "Save and end at this 
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
+JOIN_SECONDS = flags.DEFINE_integer("join_seconds", 300, "How long the processes wait for one another at the start.")
+SILENT_SECONDS = flags.DEFINE_integer("silent_seconds", 40, "A process that does nothing for so long is taken to hang.")
+GRACE_SECONDS = flags.DEFINE_integer(
+    "grace_seconds", 0, "After SIGTERM, end without a save that takes longer (0: wait for it)."
+)
+REPLAY_STEP = flags.DEFINE_integer("replay_step", None, "Run this step again under jax_debug_nans; nothing is written.")
 STRICT = flags.DEFINE_bool("strict", False, "Stop at a damaged checkpoint, where the one before it would be taken.")
 OTHER_DATA = flags.DEFINE_bool("other_data", False, "Go on from a checkpoint although the dataset or the batch size changed.")
 CLUSTER = flags.DEFINE_bool("cluster", False, "Take coordinator and processes from the environment (TPU pod, SLURM).")
@@ -60,6 +68,7 @@ def set_up(config: ConfigDict, workdir: epath.Path, strict: bool = False, other_
     for key in ("eval_every", "checkpoint_every", "seed"):
         if config[key] < 0:
             raise ValueError(f"config.{key}={config[key]}: must not be negative")
+    guard.check(config.guard)
     manifest = pipeline.load_manifest(config.data.dir)
     processes.check_agreement(config=cli.to_json(config), data=manifest["content_hash"])
     mesh = sharding.make_mesh(config.mesh)
@@ -72,13 +81,13 @@ def set_up(config: ConfigDict, workdir: epath.Path, strict: bool = False, other_
     return Setup(config, workdir, run, manifest, windows, pairs, strict, other_data)
 
 
-def restore_or_init(setup: Setup, checkpoints: checkpoint.Checkpoints) -> step_lib.TrainState:
-    """The newest whole checkpoint, laid out for this mesh, or a fresh state.
+def restore_or_init(setup: Setup, checkpoints: checkpoint.Checkpoints, last: int | None = None) -> step_lib.TrainState:
+    """The newest whole checkpoint, of a step up to `last` if that is given, laid out for this mesh, or a fresh state.
 
     Raises:
       ValueError: the checkpoint is of another model, or of other batches; or damaged (with --strict, or if all are).
     """
-    shapes, steps = setup.run.shapes, checkpoints.steps()
+    shapes, steps = setup.run.shapes, [step for step in checkpoints.steps() if last is None or step <= last]
     for number in reversed(steps):
         try:
             check_same_batches(setup, checkpoints.meta(number))
@@ -114,10 +123,11 @@ def items_of(state: step_lib.TrainState) -> dict[str, Any]:
 
 
 class Reporter:
-    """Gathers the metrics of steps on the devices and reports them every so often; stops the run at a non-finite loss."""
+    """Gathers the metrics of steps on the devices, has them judged, and reports them every so often."""
 
     def __init__(self, setup: Setup, first_step: int, writer: metrics.Writer | None):
         self._setup, self._writer = setup, writer
+        self._guard = guard.Guard(setup.config.guard, setup.config.optim.warmup_steps)
         self._pending: list[step_lib.Metrics] = []
         self._step, self._since = first_step, time.monotonic()
         self._fetch = jax.jit(lambda tree: tree, out_shardings=sharding.replicated(setup.run.mesh))
@@ -133,20 +143,19 @@ class Reporter:
         """Fetches what is pending, checks it, and writes one line about it if `z`, the last step's embeddings, is given.
 
         Raises:
-          FloatingPointError: a loss was not finite; the message names the steps.
+          guard.StoppedError: the run is of no more use.
         """
         if not self._pending:
             return
         steps = [self._local(values) for values in self._pending]
+        steps = [values | {"batch_digest": "".join(f"{word:08x}" for word in values["batch_digest"])} for values in steps]
         seconds, self._pending = time.monotonic() - self._since, []
-        losses = np.array([values["loss"] for values in steps])
-        if not np.isfinite(losses).all():
-            first = self._step - len(steps) + 1
-            bad = [str(first + i) for i in np.flatnonzero(~np.isfinite(losses))]
-            raise FloatingPointError(f"the loss is not finite at step {', '.join(bad)}; the last checkpoint is sound")
-        self.batch_digest = "".join(f"{word:08x}" for word in steps[-1].pop("batch_digest"))
-        if z is not None:
-            mean = {name: float(np.mean([values[name] for values in steps])) for name in steps[-1]}
+        self.batch_digest = steps[-1]["batch_digest"]
+        self._guard.steps(self._step - len(steps) + 1, steps)
+        done = [values for values in steps if not values["skipped"]]
+        if z is not None and done:
+            mean = {name: float(np.mean([step[name] for step in done])) for name in done[-1] if name != "batch_digest"}
+            mean["skipped"] = len(steps) - len(done)
             self._write(mean, len(steps), seconds, self._local(self._sample(z)))
 
     def _local(self, tree: Any) -> Any:
@@ -155,7 +164,8 @@ class Reporter:
     def _write(self, mean: dict[str, float], count: int, seconds: float, z: np.ndarray) -> None:
         config, step = self._setup.config, self._step
         tokens = mean.pop("tokens")
-        scalars = mean | metrics.embedding_metrics(z)
+        statistics = metrics.embedding_metrics(z)
+        scalars = mean | statistics
         with jax.transfer_guard("allow"):
             scalars["learning_rate"] = float(self._setup.run.schedule(step - 1))
         scalars["pairs_per_second"] = count * config.data.batch_size / seconds
@@ -174,6 +184,7 @@ class Reporter:
         )
         if self._writer:
             self._writer.write(step, scalars, batch_digest=self.batch_digest)
+        self._guard.embeddings(step, statistics)
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -191,13 +202,13 @@ def evaluate(setup: Setup, pairs: query_key.Pairs, params: Any, step: int, write
 
 def save(setup: Setup, checkpoints: checkpoint.Checkpoints, state: step_lib.TrainState, step: int, batch: str) -> None:
     """Starts a checkpoint and prints the digests by which two runs can be compared."""
-    meta = {"config": json.loads(cli.to_json(setup.config)), "data": setup.manifest["content_hash"]}
+    meta = {"config": json.loads(cli.to_json(setup.config)), "data": setup.manifest["content_hash"], "code": digest.of_code()}
     with jax.transfer_guard("allow"):
         digests = checkpoints.save(step, meta, **items_of(state))
     logging.info("step %d  parameters digest: %s  batch digest: %s", step, digest.summary(digests["params"]), batch)
 
 
-def loop(setup: Setup, stop_at: int) -> int:
+def loop(setup: Setup, stop_at: int, peers: Peers = processes.ALONE, grace_seconds: int = 0) -> int:
     """Trains until `stop_at`, the end, or SIGTERM; returns the step reached.
 
     The order of one turn is fixed: evaluate, save, next batch, step, write. A state is saved before the data advances, so
@@ -206,22 +217,24 @@ def loop(setup: Setup, stop_at: int) -> int:
     config, run = setup.config, setup.run
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(contextlib.closing(checkpoint.Checkpoints(setup.workdir, config.keep)))
-        preemption = processes.Preemption()
+        preemption = processes.Preemption(grace_seconds)
         with cli.user_errors():
             state = restore_or_init(setup, checkpoints)
         first = step = int(jax.device_get(state.step))
         writer = None
         if jax.process_index() == 0:
             # Only now: a run that was refused must leave the config of the one that is there.
-            (setup.workdir / "config.json").write_text(cli.to_json(config))
+            metrics.write_text(setup.workdir / "config.json", cli.to_json(config))
             writer = stack.enter_context(contextlib.closing(metrics.Writer(setup.workdir, first)))
         reporter = Reporter(setup, first, writer)
         rows = sharding.rows_of_process(config.data.batch_size, run.mesh)
         batches = pipeline.batches(setup.windows, config.data, config.seed, rows, start=first)
         stack.enter_context(jax.transfer_guard("disallow"))  # a silent copy between host and device is an error
         while True:
-            end = preemption.reached(step) or step >= min(config.steps, stop_at)
-            if setup.pairs and (step % config.eval_every == 0 or step == config.steps):
+            preempted = preemption.reached(step)
+            end = preempted or step >= min(config.steps, stop_at)
+            peers.at(step, busy=True)
+            if setup.pairs and not preempted and (step % config.eval_every == 0 or step == config.steps):
                 evaluate(setup, setup.pairs, state.params, step, writer)
                 reporter.restart_clock()
             if end or (step > first and config.checkpoint_every and step % config.checkpoint_every == 0):
@@ -229,7 +242,9 @@ def loop(setup: Setup, stop_at: int) -> int:
                 save(setup, checkpoints, state, step, reporter.batch_digest)
                 reporter.restart_clock()
             if end:
+                checkpoints.wait()
                 return step
+            peers.at(step, busy=step == first)  # whose program has yet to be compiled
             batch = sharding.to_global(next(batches), rows, config.data.batch_size, run.mesh)
             state, values, z = run.train_step(state, batch)
             step += 1
@@ -242,18 +257,58 @@ def loop(setup: Setup, stop_at: int) -> int:
                 reporter.flush(z)
 
 
+def replay(setup: Setup, number: int) -> None:
+    """Runs step `number` again from the newest checkpoint before it, under jax_debug_nans, and says what it gave.
+
+    Raises:
+      FloatingPointError: from the first operation that makes a NaN.
+    """
+    config, run = setup.config, setup.run
+    with contextlib.closing(checkpoint.Checkpoints(setup.workdir, read_only=True)) as checkpoints, cli.user_errors():
+        state = restore_or_init(setup, checkpoints, last=number - 1)
+    first = int(jax.device_get(state.step))
+    rows = sharding.rows_of_process(config.data.batch_size, run.mesh)
+    batches = pipeline.batches(setup.windows, config.data, config.seed, rows, start=first)
+    for step in range(first + 1, number + 1):
+        batch = sharding.to_global(next(batches), rows, config.data.batch_size, run.mesh)
+        with jax.debug_nans(step == number):
+            state, values, _ = run.train_step(state, batch)
+    shown = {name: jax.device_get(values[name].addressable_data(0)) for name in ("loss", "gradient_norm", "parameter_norm")}
+    words = jax.device_get(values["batch_digest"].addressable_data(0))
+    logging.info("step %d again, from checkpoint %d, without a NaN: %s", number, first, shown)
+    logging.info("batch digest: %s", "".join(f"{word:08x}" for word in words))
+
+
 def main(argv: list[str]) -> None:
     """The command."""
     del argv
     with cli.user_errors():
-        processes.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, CLUSTER.value)
+        peers = processes.join(
+            *(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, CLUSTER.value),
+            *(JOIN_SECONDS.value, SILENT_SECONDS.value),
+        )
+    with peers:
+        try:
+            start(peers)
+        except guard.StoppedError as error:
+            cli.fail(str(error), guard.STOPPED)
+        except OSError as error:
+            cli.fail(f"{error}; the checkpoints in {WORKDIR.value} stay as they are", status=1)
+
+
+def start(peers: Peers) -> None:
+    """What the flags say."""
+    with cli.user_errors():
         processes.enable_compilation_cache()
         setup = set_up(CONFIG.value, epath.Path(WORKDIR.value), STRICT.value, OTHER_DATA.value)
     logging.info("%d devices in %d processes, mesh %s", jax.device_count(), jax.process_count(), dict(setup.run.mesh.shape))
     logging.info("parameters\n%s", parameter_overview.get_parameter_overview(setup.run.shapes.params, include_stats=False))
     logging.info("metrics: %s/metrics.jsonl; curves: tensorboard --logdir=%s", setup.workdir, setup.workdir)
     stop_at = setup.config.steps if STOP_AT_STEP.value is None else STOP_AT_STEP.value
-    step = loop(setup, stop_at)
+    if REPLAY_STEP.value is not None:
+        replay(setup, REPLAY_STEP.value)
+        return
+    step = loop(setup, stop_at, peers, GRACE_SECONDS.value)
     logging.info("ended at step %d of %d; checkpoints: %s/checkpoints", step, setup.config.steps, setup.workdir)
     if step < min(stop_at, setup.config.steps):
         sys.exit(processes.PREEMPTED)

@@ -11,6 +11,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import importlib
 import json
 import pathlib
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
@@ -96,6 +99,55 @@ def wait_for(condition: Callable[[], object], seconds: int = 120) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
         time.sleep(0.1)
+
+
+def command(dataset: pathlib.Path, workdir: pathlib.Path, *more: str, module: str = "train", name: str = "debug") -> list[str]:
+    """A command on a shrunk recipe."""
+    changed = [f"--config=configs/{name}.py", *overrides(name, dataset)] if module == "train" else []
+    return [sys.executable, "-m", f"contrastive_jax.{module}", f"--workdir={workdir}", *changed, *more]
+
+
+def start(arguments: list[str], devices: int = 1) -> subprocess.Popen:
+    environment = os.environ | {"XLA_FLAGS": XLA_FLAGS.format(devices)}
+    return subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(*processes: subprocess.Popen, status: int = 0) -> list[str]:
+    outputs = []
+    for process in processes:
+        try:
+            outputs.append(process.communicate(timeout=240)[0])
+        finally:
+            process.kill()
+        assert process.returncode == status, outputs[-1][-3000:]
+    return outputs
+
+
+def free_address() -> str:
+    """HOST:PORT on this machine, of a port that is free with the one below it."""
+    while True:
+        with socket.socket() as one, socket.socket() as below:
+            one.bind(("127.0.0.1", 0))
+            port = one.getsockname()[1]
+            try:
+                below.bind(("127.0.0.1", port - 1))
+            except OSError:
+                continue
+            return f"127.0.0.1:{port}"
+
+
+def peers(
+    dataset: pathlib.Path, workdir: pathlib.Path, *more: str, name: str = "debug", devices: int = 4, differ: str = ""
+) -> list[subprocess.Popen]:
+    """Two processes of one run; `differ` is a flag that gets the number of the process."""
+    together = [f"--coordinator={free_address()}", "--num_processes=2"]
+    return [
+        start(
+            [*command(dataset, workdir, *more, *together, f"--process_id={i}", name=name), *[differ.format(i)] * bool(differ)],
+            devices,
+        )
+        for i in range(2)
+    ]
 
 
 @pytest.fixture(scope="session")

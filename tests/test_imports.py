@@ -20,7 +20,9 @@ ALLOWED = {
     "metrics.py": set(),
     "step.py": {"jax", "optax", "contrastive_jax.digest"},
     "grad_cache.py": {"jax"},
-    "processes.py": {"jax"},
+    "processes.py": {"jax", "contrastive_jax.peers"},
+    "peers.py": {"contrastive_jax.cli"},
+    "guard.py": set(),
 }
 WATCHED = {"jax", "flax", "optax", "orbax", "clu", "tensorflow", "contrastive_jax"}
 
