@@ -1,6 +1,6 @@
-"""A batch larger than memory on the debug recipe: gradient caching for the encoder, a ring for the negatives.
+"""A batch larger than memory on the debug recipe: gradient caching for the encoder, tiles for the scores.
 
-  bash launch/local.sh --config=configs/large_batch.py
+  bash launch/local.sh --config=configs/large_batch.py       on several devices with --config.objective.where=ring
 
 2,048 pairs a step, of which 256 have activations at a time; on one device or many the loss is that of the whole batch. A
 step takes 18 s on 2 CPU cores that do some other work. The whole run was not done, no figure is claimed.
@@ -19,6 +19,5 @@ def get_config() -> ConfigDict:
     config.checkpoint_every = 30
     config.data.batch_size = 2048
     config.micro_batch = 256
-    config.objective.where = "ring"
     config.optim.warmup_steps = 5
     return config

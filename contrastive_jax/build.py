@@ -61,6 +61,10 @@ def build(config: ConfigDict, mesh: Mesh, vocab_size: int) -> Run:
     packing.check(config.data, sampler.min_span + 2 * config.data.delimiters)
     views, dim = sampler.views, config.model.embedding_dim or config.model.d_model
     axes = sharding.BATCH[0]
+    if config.objective.where == "ring" and sharding.shards(mesh) == 1:
+        raise ValueError(
+            "config.objective.where='ring': the batch is on one device only (mesh.data × mesh.fsdp = 1); take 'gathered'"
+        )
     objective = pairs.make(config.objective, views, dim, mesh, axes)
     queue_lib.check(config.objective, views)
 
@@ -119,11 +123,15 @@ def micro_batch(config: ConfigDict, mesh: Mesh) -> int:
     pairs_, tokens, data = config.micro_batch, config.micro_batch_tokens, config.data
     if pairs_ < 0 or tokens < 0 or (pairs_ and tokens):
         raise ValueError(f"config.micro_batch={pairs_}, config.micro_batch_tokens={tokens}: not negative, and one of them 0")
+    if data.batch_size < 1:
+        raise ValueError(f"config.data.batch_size={data.batch_size}: must be at least 1")
     shards = sharding.shards(mesh)
     share = shards * data.pack_pairs
     for key, value in (("data.batch_size", data.batch_size), ("micro_batch", pairs_)):
         if value % share:
             raise ValueError(f"config.{key}={value} must be a multiple of mesh.data × mesh.fsdp × data.pack_pairs = {share}")
+    if pairs_ > data.batch_size:
+        raise ValueError(f"config.micro_batch={pairs_} is more than config.data.batch_size={data.batch_size}; 0 takes it whole")
     if not tokens:
         return pairs_
     least = shards * data.pack_rows * spans.make(data).views * data.length

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging as std_logging
+import math
 import os
 import runpy
 import sys
@@ -70,12 +71,37 @@ def unknown_key(argv: list[str]) -> str | None:
     return None
 
 
+def check_values(config: ConfigDict, prefix: str = "config") -> None:
+    """Checks what each module would have to check for itself.
+
+    Raises:
+      ValueError: a number that is not finite, or a tuple that does not hold (name or size, number) pairs.
+    """
+    for key, value in config.items():
+        shown = f"{prefix}.{key}={value!r}"
+        if isinstance(value, ConfigDict):
+            check_values(value, f"{prefix}.{key}")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{shown}: must be a finite number")
+        elif isinstance(value, tuple):
+            first = int if key == "matryoshka" else str
+            for pair in value:
+                if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], first) and is_number(pair[1])):
+                    kind = "size" if first is int else "name"
+                    raise ValueError(f"{shown}: give ({kind}, number) pairs, as in [({kind}, 1.0), ({kind}, 0.5)]")
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a finite int or float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def parse(argv: list[str]) -> list[str]:
     """Parses the flags; a wrong one is named in one line, exit status 2."""
     try:
         rest = flags.FLAGS(argv)
         if "config" in flags.FLAGS:
-            dict(flags.FLAGS["config"].value or {})  # a file that could not be loaded says so at first use
+            check_values(flags.FLAGS["config"].value or ConfigDict())  # a file that could not be loaded says so at first use
     except (AttributeError, KeyError):
         message = unknown_key(argv)
         if message is None:

@@ -74,6 +74,7 @@ def set_up(config: ConfigDict, workdir: epath.Path, strict: bool = False, other_
     mesh = sharding.make_mesh(config.mesh)
     run = build_lib.build(config, mesh, manifest["vocab_size"])
     windows = pipeline.open_split(config.data.dir, "train")
+    pipeline.check(windows, config.data)
     held_out = pipeline.open_split(config.data.dir, "validation") if config.eval_every else None
     pairs = query_key.make_pairs(held_out, config.eval, config.data) if held_out else None
     if jax.process_index() == 0:

@@ -20,8 +20,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import tensorflow as tf
+from absl import flags
 from array_record.python import array_record_module
 from ml_collections import ConfigDict
+
+from contrastive_jax import cli, train
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESERVED = {"pad": 0, "bos": 1, "eos": 2, "mask": 3, "x_open": 4, "x_close": 5, "y_open": 6, "y_close": 7}
@@ -148,6 +151,23 @@ def peers(
         )
         for i in range(2)
     ]
+
+
+def refusal(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> str:
+    """The line with which the train command refuses its arguments, in this process, since a start of its own costs seconds."""
+    flags.FLAGS.unparse_flags()
+    for name in [name for name in flags.FLAGS if name.startswith("config.")]:
+        delattr(flags.FLAGS, name)  # overrides of the time before
+    argv = cli.arrange(arguments[2:], "configs/debug.py")
+    monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks for overrides
+    with pytest.raises(SystemExit) as ended:
+        train.main(cli.parse(argv))
+    assert ended.value.code == cli.USER_ERROR
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    return last
 
 
 @pytest.fixture(scope="session")

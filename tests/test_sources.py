@@ -9,6 +9,7 @@ import tracemalloc
 import pytest
 import zstandard
 from etils import epath
+from faults import fuzz_shards
 
 from contrastive_jax.data import sources
 from contrastive_jax.data.sources import DataError, Document, Reject, Shard
@@ -190,3 +191,8 @@ def test_python_documents_do_not_depend_on_the_listing(installation: pathlib.Pat
     walk = os.walk
     monkeypatch.setattr(sources.os, "walk", lambda top: ((a, b, c[::-1]) for a, b, c in reversed(list(walk(top)))))
     assert documents(installation / "again") == found
+
+
+def test_random_damage_is_told_and_costs_no_line_before_it() -> None:
+    found = fuzz_shards.run(cases=60, seed=1, large=False)
+    assert found["sound"] > 1000 and found["damaged"] > 10

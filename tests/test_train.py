@@ -5,13 +5,12 @@ import os
 import pathlib
 import re
 import signal
-import sys
 
 import jax
 import numpy as np
 import pytest
 from absl import flags
-from conftest import ROOT, command, finish, peers, recipe, shrink, start, wait_for
+from conftest import ROOT, command, finish, peers, recipe, refusal, shrink, start, wait_for
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -189,17 +188,7 @@ def test_user_errors_are_one_line_and_status_2(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    # In this process, whose start costs seconds: `test_processes_that_differ_refuse_to_start` sees the same of real ones.
-    flags.FLAGS.unparse_flags()
-    for name in [name for name in flags.FLAGS if name.startswith("config.")]:
-        delattr(flags.FLAGS, name)  # overrides of the time before
-    argv = cli.arrange(command(dataset, tmp_path, "--config.eval_every=5", argument)[2:], "configs/debug.py")
-    monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks for overrides
-    with pytest.raises(SystemExit) as ended:
-        train.main(cli.parse(argv))
-    assert ended.value.code == cli.USER_ERROR
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("error: ") and message in last
+    assert message in refusal(command(dataset, tmp_path, "--config.eval_every=5", argument), monkeypatch, capsys)
 
 
 def test_evaluate_prints_and_writes_the_table(dataset: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -242,6 +242,14 @@ def check_length(config: ConfigDict, span: int, key: str) -> None:
         )
 
 
+def check(windows: Windows, config: ConfigDict) -> None:
+    """Raises what `batches` would, before anything is begun."""
+    sampler = spans.make(config)
+    check_length(config, sampler.max_span, "config.data.max_span")
+    packing.check(config, sampler.min_span + 2 * config.delimiters)
+    make_index(windows, config, 0, sampler.min_window)
+
+
 def batches(
     windows: Windows, config: ConfigDict, seed: int, rows: np.ndarray | None = None, start: int = 0
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -262,9 +270,8 @@ def batches(
     Raises:
       ValueError: a value is out of range or the data cannot serve it.
     """
+    check(windows, config)
     sampler = spans.make(config)
-    check_length(config, sampler.max_span, "config.data.max_span")
-    packing.check(config, sampler.min_span + 2 * config.delimiters)
     index = make_index(windows, config, seed, sampler.min_window)
     rows = np.arange(config.batch_size) if rows is None else rows
     documents, lengths = tf.constant(windows.document), tf.constant(windows.length)

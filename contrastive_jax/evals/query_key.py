@@ -39,8 +39,11 @@ def make_pairs(windows: pipeline.Windows, config: ConfigDict, data: ConfigDict) 
       data: `config.data`.
 
     Raises:
-      ValueError: rows are too short for the span, or there are too few windows.
+      ValueError: a value is out of range, rows are too short for the span, or there are too few windows.
     """
+    for key, least in (("pairs", 1), ("span", 1), ("batch_size", 1), ("seed", 0)):
+        if config[key] < least:
+            raise ValueError(f"config.eval.{key}={config[key]}: must be at least {least}")
     pipeline.check_length(data, config.span, "config.eval.span")
     rng = np.random.default_rng(config.seed)
     eligible = np.flatnonzero(windows.length >= 2 * config.span)

@@ -106,25 +106,28 @@ def pool(x: jax.Array, mask: jax.Array, pooling: str) -> jax.Array:
     return jnp.take_along_axis(x, index[:, :, None], axis=1)
 
 
+LEAST = dict.fromkeys(("d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff", "global_every"), 1) | dict.fromkeys(
+    ("num_layers", "embedding_dim", "local_window", "init_std"), 0
+)
+
+
 def check(config: ConfigDict) -> None:
     """Raises ValueError, naming the key, for a model that cannot be built."""
     for key, choices in CHOICES.items():
         if config[key] not in choices:
             raise ValueError(f"config.model.{key}={config[key]!r}: choose one of {', '.join(choices)}")
-    for key in ("d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff"):
-        if config[key] < 1:
-            raise ValueError(f"config.model.{key}={config[key]}: must be at least 1")
+    for key, least in LEAST.items():
+        if config[key] < least:
+            raise ValueError(f"config.model.{key}={config[key]}: must be at least {least}")
+    for key in ("rope_theta", "local_rope_theta"):
+        if config[key] <= 0:
+            raise ValueError(f"config.model.{key}={config[key]}: must be above 0")
     if config.num_heads % config.num_kv_heads:
         raise ValueError(
             f"config.model.num_kv_heads={config.num_kv_heads} must divide config.model.num_heads={config.num_heads}"
         )
     if config.position == "rotary" and config.head_dim % 2:
         raise ValueError(f"config.model.head_dim={config.head_dim}: rotary positions need an even one")
-    if config.local_window < 0 or config.global_every < 1:
-        raise ValueError(
-            f"config.model.local_window={config.local_window}: 0 or the tokens on either side, "
-            f"config.model.global_every={config.global_every}: at least 1"
-        )
     for key in ("dropout", "attention_dropout"):
         if not 0 <= config[key] < 1:
             raise ValueError(f"config.model.{key}={config[key]}: must be in [0, 1)")

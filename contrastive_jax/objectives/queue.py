@@ -42,7 +42,7 @@ def check(config: ConfigDict, views: int) -> None:
     """Raises ValueError, naming the key, if the objective cannot have a queue."""
     if config.queue < 0:
         raise ValueError(f"config.objective.queue={config.queue}: slots, must not be negative")
-    if config.queue and not 0 <= config.momentum < 1:
+    if not 0 <= config.momentum < 1:
         raise ValueError(f"config.objective.momentum={config.momentum}: must be in [0, 1)")
     if config.queue and (config.symmetric or views != 2):
         raise ValueError("config.objective.queue: needs one positive an anchor, no hard negatives, objective.symmetric=False")
