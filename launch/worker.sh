@@ -14,6 +14,20 @@ running() {
   [[ -e "$job/pid" ]] && kill -0 "$(< "$job/pid")" 2> /dev/null
 }
 
+# Asks process $1 to save and end when Google announces that this machine will be taken; elsewhere nobody answers.
+heed_notices() {
+  local event
+  while event="$(curl --silent --fail --header "Metadata-Flavor: Google" \
+    "${METADATA:-http://metadata.google.internal}/computeMetadata/v1/instance/maintenance-event")"; do
+    if [[ "$event" != NONE ]]; then
+      echo "notice: $event; saving"
+      kill -TERM "$1" 2> /dev/null || true
+      return
+    fi
+    sleep "${NOTICE_SECONDS:-5}"
+  done
+}
+
 case "${1:-}" in
   install)
     source launch/setup.sh tpu
@@ -26,16 +40,18 @@ case "${1:-}" in
     source launch/setup.sh tpu
     rm -f "$job"/{pid,train,exit,stopped}
     # A session of its own: the end of the connection does not reach it.
-    # shellcheck disable=SC2016  # expanded by the inner shell
-    setsid nohup bash -c '
-      echo $$ > "$1/pid"
-      python -m contrastive_jax.train --cluster "${@:2}" &
-      echo $! > "$1/train"
-      status=0
-      wait $! || status=$?
-      echo "$status" > "$1/exit"
-    ' train "$job" "${@:2}" > "$job/log" 2>&1 < /dev/null &
+    setsid nohup bash launch/worker.sh train "${@:2}" > "$job/log" 2>&1 < /dev/null &
     until [[ -e "$job/exit" ]] || running; do sleep 0.1; done
+    ;;
+  train) # what `start` puts into the background
+    echo $$ > "$job/pid"
+    python -m contrastive_jax.train --cluster "${@:2}" &
+    training=$! status=0
+    echo "$training" > "$job/train"
+    heed_notices "$training" &
+    wait "$training" || status=$?
+    kill %2 2> /dev/null || true
+    echo "$status" > "$job/exit"
     ;;
   poll)
     if running; then

@@ -1,5 +1,6 @@
 """The launchers: a fake gcloud and a real SLURM run what a pod and a cluster would, on this machine."""
 
+import http.server
 import json
 import os
 import pathlib
@@ -9,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -120,6 +122,41 @@ def test_a_silent_worker_stops_the_start(tmp_path: pathlib.Path, environment: di
     ssh = [*TPU, "ssh", *SLICE, "--worker=1", "--", "bash", "-c", 'echo "[$0]" "$HOME"', "a b; true"]
     done = subprocess.run(ssh, env=environment, capture_output=True, text=True, timeout=60)
     assert done.stdout == f"[a b; true] {tmp_path}/cloud/pod/worker-1\n"
+
+
+def test_a_maintenance_notice_saves_and_ends(
+    dataset: pathlib.Path, tmp_path: pathlib.Path, environment: dict[str, str]
+) -> None:
+    """The metadata server of a machine that is taken as soon as its training has begun."""
+    workdir = tmp_path / "run"
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    for name in ("contrastive_jax", "configs", "launch", "setup.cfg"):
+        (tree / name).symlink_to(ROOT / name)
+
+    class Metadata(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            assert self.path == "/computeMetadata/v1/instance/maintenance-event"
+            begun = (workdir / "metrics.jsonl").exists()
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"TERMINATE_ON_HOST_MAINTENANCE" if begun else b"NONE")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Metadata) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        alone = {"OMPI_MCA_orte_hnp_uri": "1.0;tcp://127.0.0.1:1", "OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}
+        more = {"METADATA": f"http://127.0.0.1:{server.server_port}", "NOTICE_SECONDS": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
+        training = [*overrides("debug", dataset), f"--workdir={workdir}", "--config.steps=1000000"]
+        worker = ["bash", "launch/worker.sh"]
+        subprocess.run([*worker, "start", *training], cwd=tree, env=environment | alone | more, check=True, timeout=60)
+        wait_for((tree / ".job" / "exit").exists)
+        server.shutdown()
+    log = (tree / ".job" / "log").read_text()
+    assert (tree / ".job" / "exit").read_text() == "75\n", log
+    assert "notice: TERMINATE_ON_HOST_MAINTENANCE; saving" in log and len(saved(workdir)) == 1
 
 
 def dry_run(environment: dict[str, str]) -> list[str]:
