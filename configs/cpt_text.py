@@ -8,7 +8,7 @@ gives neither learning rate, span lengths nor steps: here spans have 64 to 510 t
 estimate: utilisation and speed are upper bounds; jax 0.10.2, vocabulary 65,536); none was trained by us, no quality is claimed:
 
   size    target             HBM, GiB of what there is   step     MFU    with recomputation   pairs/s
-  :s      tpu:v5e:16x16       8.5 of 15.8                0.90 s   54 %   66 %                 13,600
+  :s      tpu:v5e:16x16       8.7 of 15.8                0.90 s   54 %   66 %                 13,600
   :s-gpu  gpu:h100:4x8       35.7 of 73.2                1.48 s   53 %   66 %  (roofline)      8,300
   :m      tpu:v5p:4x4x8      19.7 of 95.7                1.43 s   64 %   78 %                  4,850
   :l      tpu:v5p:8x8x8       8.7 of 95.7                1.77 s   60 %   73 %                  3,480

@@ -9,7 +9,6 @@ SIGTERM ended it after a save: start it again.
 import contextlib
 import json
 import sys
-import time
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +24,7 @@ from contrastive_jax import step as step_lib
 from contrastive_jax.data import pipeline
 from contrastive_jax.evals import query_key
 from contrastive_jax.peers import Peers
+from contrastive_jax.reporter import Reporter
 
 CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, metrics and results; local or gs://.", required=True)
@@ -123,76 +123,6 @@ def items_of(state: step_lib.TrainState) -> dict[str, Any]:
     return {name: items[name] for name in ("params", "opt_state", "queue") if items[name] != ()}
 
 
-class Reporter:
-    """Gathers the metrics of steps on the devices, has them judged, and reports them every so often."""
-
-    def __init__(self, setup: Setup, first_step: int, writer: metrics.Writer | None):
-        self._setup, self._writer = setup, writer
-        self._guard = guard.Guard(setup.config.guard, setup.config.optim.warmup_steps)
-        self._pending: list[step_lib.Metrics] = []
-        self._step, self._since = first_step, time.monotonic()
-        self._fetch = jax.jit(lambda tree: tree, out_shardings=sharding.replicated(setup.run.mesh))
-        self._sample = jax.jit(lambda z: z[:1024], out_shardings=sharding.replicated(setup.run.mesh))
-        self.batch_digest = ""
-
-    def add(self, step: int, values: step_lib.Metrics) -> None:
-        """Keeps one step's metrics; nothing waits for the device."""
-        self._pending.append(values)
-        self._step = step
-
-    def flush(self, z: jax.Array | None = None) -> None:
-        """Fetches what is pending, checks it, and writes one line about it if `z`, the last step's embeddings, is given.
-
-        Raises:
-          guard.StoppedError: the run is of no more use.
-        """
-        if not self._pending:
-            return
-        steps = [self._local(values) for values in self._pending]
-        steps = [values | {"batch_digest": "".join(f"{word:08x}" for word in values["batch_digest"])} for values in steps]
-        seconds, self._pending = time.monotonic() - self._since, []
-        self.batch_digest = steps[-1]["batch_digest"]
-        self._guard.steps(self._step - len(steps) + 1, steps)
-        done = [values for values in steps if not values["skipped"]]
-        if z is not None and done:
-            mean = {name: float(np.mean([step[name] for step in done])) for name in done[-1] if name != "batch_digest"}
-            mean["skipped"] = len(steps) - len(done)
-            self._write(mean, len(steps), seconds, self._local(self._sample(z)))
-
-    def _local(self, tree: Any) -> Any:
-        return jax.device_get(jax.tree.map(lambda x: x.addressable_data(0), self._fetch(tree)))
-
-    def _write(self, mean: dict[str, float], count: int, seconds: float, z: np.ndarray) -> None:
-        config, step = self._setup.config, self._step
-        tokens = mean.pop("tokens")
-        statistics = metrics.embedding_metrics(z)
-        scalars = mean | statistics
-        with jax.transfer_guard("allow"):
-            scalars["learning_rate"] = float(self._setup.run.schedule(step - 1))
-        scalars["pairs_per_second"] = count * config.data.batch_size / seconds
-        scalars["tokens_per_second"] = count * tokens / seconds
-        eta = (config.steps - step) * seconds / count
-        logging.info(
-            "step %d/%d  loss %.4f  top-1 %.3f  temperature %.4f  %.0f pairs/s  %.0f tokens/s  ETA %d:%02d:%02d",
-            step,
-            config.steps,
-            scalars["loss"],
-            scalars["in_batch_top1"],
-            scalars["temperature"],
-            scalars["pairs_per_second"],
-            scalars["tokens_per_second"],
-            *(eta // 3600, eta % 3600 // 60, eta % 60),
-        )
-        if self._writer:
-            self._writer.write(step, scalars, batch_digest=self.batch_digest)
-        self._guard.embeddings(step, statistics)
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
-        """Leaves out of pairs/s what came before: compilation, evaluations, checkpoints."""
-        self._since = time.monotonic()
-
-
 def evaluate(setup: Setup, pairs: query_key.Pairs, params: Any, step: int, writer: metrics.Writer | None) -> None:
     """The query-key test of the held-out pairs, to the log, TensorBoard and metrics.jsonl."""
     scores = query_key.evaluate(setup.run.encode, params, pairs, setup.config.eval.batch_size)["mean"]
@@ -227,7 +157,7 @@ def loop(setup: Setup, stop_at: int, peers: Peers = processes.ALONE, grace_secon
             # Only now: a run that was refused must leave the config of the one that is there.
             metrics.write_text(setup.workdir / "config.json", cli.to_json(config))
             writer = stack.enter_context(contextlib.closing(metrics.Writer(setup.workdir, first)))
-        reporter = Reporter(setup, first, writer)
+        reporter = Reporter(config, run, first, writer)
         rows = sharding.rows_of_process(config.data.batch_size, run.mesh)
         batches = pipeline.batches(setup.windows, config.data, config.seed, rows, start=first)
         stack.enter_context(jax.transfer_guard("disallow"))  # a silent copy between host and device is an error
@@ -235,7 +165,8 @@ def loop(setup: Setup, stop_at: int, peers: Peers = processes.ALONE, grace_secon
             preempted = preemption.reached(step)
             end = preempted or step >= min(config.steps, stop_at)
             peers.at(step, busy=True)
-            if setup.pairs and not preempted and (step % config.eval_every == 0 or step == config.steps):
+            # A preempted run evaluates when it goes on: at this very step, before anything else.
+            if setup.pairs and (step == config.steps or (step % config.eval_every == 0 and not preempted)):
                 evaluate(setup, setup.pairs, state.params, step, writer)
                 reporter.restart_clock()
             if end or (step > first and config.checkpoint_every and step % config.checkpoint_every == 0):
@@ -266,7 +197,7 @@ def replay(setup: Setup, number: int) -> None:
     """
     config, run = setup.config, setup.run
     with contextlib.closing(checkpoint.Checkpoints(setup.workdir, read_only=True)) as checkpoints, cli.user_errors():
-        state = restore_or_init(setup, checkpoints, last=number - 1)
+        state = restore_or_init(setup._replace(strict=True), checkpoints, last=number - 1)
     first = int(jax.device_get(state.step))
     rows = sharding.rows_of_process(config.data.batch_size, run.mesh)
     batches = pipeline.batches(setup.windows, config.data, config.seed, rows, start=first)
