@@ -23,7 +23,7 @@ sys.path[:0] = [str(pathlib.Path(__file__).parent.parent), str(pathlib.Path(__fi
 import conftest
 import numpy as np
 
-OPTIONS = ["--config.model.dropout=0.2", "--config.log_every=10", "--silent_seconds=10"]
+OPTIONS = ["--config.model.dropout=0.2", "--config.log_every=10", "--silent_seconds=10", "--join_seconds=20"]
 
 
 def launch(arguments: argparse.Namespace, dataset: pathlib.Path, workdir: pathlib.Path) -> list[subprocess.Popen]:
@@ -56,7 +56,7 @@ def kill_at_random(team: list[subprocess.Popen], workdir: pathlib.Path, chance: 
     moment = time.monotonic()
     ends = [process.communicate(timeout=60)[0] for process in team]
     for process, output in zip(team, ends, strict=True):
-        if process not in victims and process.returncode == 1:
+        if process not in victims and process.returncode:
             named = re.search(r"(?m)^error: (process \d .*)$", output)
             print(
                 f"  the other ended {time.monotonic() - moment:.1f} s later: {named[1] if named else output[-2000:]}",
@@ -106,7 +106,7 @@ def prepare(arguments: argparse.Namespace, folder: pathlib.Path, chance: random.
     shard.write_text("".join(json.dumps({"text": f"{i} {text}"}) + "\n" for i, text in enumerate(texts)))
 
     def begin(output: pathlib.Path) -> subprocess.Popen:
-        more = [f"--input={shard}", f"--output={output}", "--vocab_size=64", "--sample_mb=1"]
+        more = [f"--input={shard}", f"--output={output}", "--vocab_size=300", "--sample_mb=1"]
         return conftest.start([sys.executable, "-m", "contrastive_jax.prepare", *more])
 
     began = time.monotonic()
