@@ -5,6 +5,7 @@
 Writes a table and a plot of the query-key test (top-1 and MRR on held-out pairs) against the batch size.
 """
 
+import functools
 import importlib
 import pathlib
 import sys
@@ -47,7 +48,7 @@ def train(batch: int) -> dict[str, float]:
     for _ in range(config.steps):
         state, metrics, _ = run.train_step(state, sharding.to_global(next(stream), rows, batch, mesh))
     jax.block_until_ready(metrics)
-    return query_key.evaluate(run.encode, state.params, pairs, config.eval.batch_size)["mean"]
+    return query_key.evaluate(functools.partial(run.encode, state.params), pairs, config.eval.batch_size)["mean"]
 
 
 def plot(batches: list[int], scores: list[dict[str, float]]) -> None:

@@ -66,15 +66,18 @@ def get_config() -> ConfigDict:
     config.model.num_kv_heads = 4
     config.model.head_dim = 64
     config.model.d_ff = 1024
-    # "gelu", or gated: "geglu", "swiglu".
+    # "gelu", or gated: "geglu", "swiglu". GELU is its tanh approximation; "gelu_exact" and "geglu_exact" are not.
     config.model.mlp = "gelu"
     # "layernorm" or "rmsnorm".
     config.model.norm = "layernorm"
+    # Added to the variance.
+    config.model.norm_eps = 1e-5
     # "pre" (GPT, ModernBERT) or "post" (BERT).
     config.model.norm_position = "pre"
     # A norm after the last block; customary with "pre".
     config.model.final_norm = True
-    # A norm right after the token and position embeddings (BERT, ModernBERT).
+    # A norm right after the token and position embeddings (BERT, ModernBERT); with "pre" it is also that of the first block's
+    # attention.
     config.model.embedding_norm = False
     # "learned", "rotary" or "none".
     config.model.position = "rotary"

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -113,6 +113,24 @@ class Checkpoints:
                     raise DamagedError(f"{where}: {item}/{path} is not what was saved")
         return found
 
+    def read(self, step: int, item: str, place: Callable[[Any], jax.P]) -> Any:
+        """One item as it was saved, whatever its model, on all devices that are here; `place` says how a leaf is spread.
+
+        Raises:
+          DamagedError: it is not what was saved.
+        """
+        mesh = jax.make_mesh((jax.device_count(),), ("all",))
+
+        def spread(leaf: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, place(leaf)))
+
+        try:
+            saved = self._manager.item_metadata(step)[item].tree
+            tree = jax.tree.map(spread, saved, is_leaf=lambda leaf: hasattr(leaf, "shape"))
+        except Exception as error:  # whatever Orbax makes of what it finds
+            raise DamagedError(f"{self.directory / str(step)}: {item} cannot be read ({first_line(error)})") from error
+        return self.restore(step, **{item: tree})[item]
+
     def set_aside(self, step: int) -> None:
         """Moves a damaged checkpoint to `workdir/damaged`, where nothing looks for one; every process must call it."""
         target = self.directory.parent / "damaged" / str(step)
@@ -131,21 +149,13 @@ class Checkpoints:
         Raises:
           DamagedError: it is not what was saved.
         """
-        mesh, total = jax.make_mesh((jax.device_count(),), ("all",)), 0
 
-        def spread(leaf: Any) -> jax.ShapeDtypeStruct:
-            axis = next((i for i, size in enumerate(leaf.shape) if size % mesh.size == 0), None)
-            where = jax.P() if axis is None else jax.P(*[None] * axis, "all")
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, where))
+        def spread(leaf: Any) -> jax.P:
+            axis = next((i for i, size in enumerate(leaf.shape) if size % jax.device_count() == 0), None)
+            return jax.P() if axis is None else jax.P(*[None] * axis, "all")
 
-        for item in self.meta(step)["arrays"]:
-            try:
-                saved = self._manager.item_metadata(step)[item].tree
-                tree = jax.tree.map(spread, saved, is_leaf=lambda leaf: hasattr(leaf, "shape"))
-            except Exception as error:  # whatever Orbax makes of what it finds
-                raise DamagedError(f"{self.directory / str(step)}: {item} cannot be read ({first_line(error)})") from error
-            total += sum(leaf.nbytes for leaf in jax.tree.leaves(self.restore(step, **{item: tree})))
-        return total
+        items = self.meta(step)["arrays"]
+        return sum(leaf.nbytes for item in items for leaf in jax.tree.leaves(self.read(step, item, spread)))
 
     def wait(self) -> None:
         """Waits until everything is written."""

@@ -47,6 +47,7 @@ class Guard:
 
     def __init__(self, config: ConfigDict, warmup_steps: int):
         self._config, self._first = config, max(config.warmup_steps, warmup_steps)
+        self._allowed = config.skipped_in_a_row
         self._skipped: list[str] = []  # the last steps, if they were skipped, with their batches
         self._thresholds = thresholds(config)
         self._below = dict.fromkeys(self._thresholds, 0)
@@ -65,10 +66,10 @@ class Guard:
                     *(number, values["loss"], values["gradient_norm"], values["parameter_norm"], values["batch_digest"]),
                 )
                 self._skipped.append(f"{number} (batch {values['batch_digest']})")
-                if len(self._skipped) > self._config.skipped_in_a_row:
+                if len(self._skipped) > self._allowed:
                     raise StoppedError(
                         f"{len(self._skipped)} steps in a row had no finite loss, gradient or parameters and were skipped, "
-                        f"config.guard.skipped_in_a_row={self._config.skipped_in_a_row}: {', '.join(self._skipped[:5])}"
+                        f"config.guard.skipped_in_a_row={self._allowed}: {', '.join(self._skipped[:5])}"
                         f"{', ...' * (len(self._skipped) > 5)}; the last checkpoint is sound; "
                         f"--replay_step={self._skipped[0].split()[0]} shows where it begins"
                     )

@@ -11,6 +11,10 @@ from ml_collections import ConfigDict
 from contrastive_jax import build, guard, metrics, sharding
 from contrastive_jax import step as step_lib
 
+# Steps that are begun before the devices are done with those before: enough to keep them busy, few enough that a run which is
+# asked to end does so soon.
+IN_FLIGHT = 2
+
 
 class Reporter:
     """Gathers the metrics of steps on the devices, has them judged, and reports them every so often."""
@@ -25,9 +29,11 @@ class Reporter:
         self.batch_digest = ""
 
     def add(self, step: int, values: step_lib.Metrics) -> None:
-        """Keeps one step's metrics; nothing waits for the device."""
+        """Keeps one step's metrics; waits while the host is more than IN_FLIGHT steps ahead."""
         self._pending.append(values)
         self._step = step
+        if len(self._pending) > IN_FLIGHT:
+            jax.block_until_ready(self._pending[-1 - IN_FLIGHT])
 
     def flush(self, z: jax.Array | None = None) -> None:
         """Fetches what is pending, checks it, and writes one line about it if `z`, the last step's embeddings, is given.

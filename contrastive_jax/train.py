@@ -7,6 +7,7 @@ SIGTERM ended it after a save: start it again.
 """
 
 import contextlib
+import functools
 import json
 import sys
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from ml_collections import ConfigDict
 from contrastive_jax import build as build_lib
 from contrastive_jax import checkpoint, cli, digest, guard, metrics, processes, sharding
 from contrastive_jax import step as step_lib
-from contrastive_jax.data import pipeline
+from contrastive_jax.data import pipeline, tokenizer
 from contrastive_jax.evals import query_key
 from contrastive_jax.peers import Peers
 from contrastive_jax.reporter import Reporter
@@ -125,7 +126,8 @@ def items_of(state: step_lib.TrainState) -> dict[str, Any]:
 
 def evaluate(setup: Setup, pairs: query_key.Pairs, params: Any, step: int, writer: metrics.Writer | None) -> None:
     """The query-key test of the held-out pairs, to the log, TensorBoard and metrics.jsonl."""
-    scores = query_key.evaluate(setup.run.encode, params, pairs, setup.config.eval.batch_size)["mean"]
+    forward = functools.partial(setup.run.encode, params)
+    scores = query_key.evaluate(forward, pairs, setup.config.eval.batch_size)["mean"]
     logging.info("step %d  query-key %s", step, "  ".join(f"{name} {100 * value:.1f}" for name, value in scores.items()))
     if writer:
         writer.write(step, {f"query_key/{name}": value for name, value in scores.items()})
@@ -156,6 +158,8 @@ def loop(setup: Setup, stop_at: int, peers: Peers = processes.ALONE, grace_secon
         if jax.process_index() == 0:
             # Only now: a run that was refused must leave the config of the one that is there.
             metrics.write_text(setup.workdir / "config.json", cli.to_json(config))
+            if (words := epath.Path(config.data.dir) / tokenizer.MODEL_FILE).exists():  # a workdir is all that a model needs
+                words.copy(setup.workdir / tokenizer.MODEL_FILE, overwrite=True)
             writer = stack.enter_context(contextlib.closing(metrics.Writer(setup.workdir, first)))
         reporter = Reporter(config, run, first, writer)
         rows = sharding.rows_of_process(config.data.batch_size, run.mesh)

@@ -51,7 +51,7 @@ echo "== training $config in $workdir"
 python -m contrastive_jax.train "$@"
 
 echo "== the query-key test"
-python -m contrastive_jax.evaluate "--workdir=$workdir" --tasks=query_key --baselines
+python -m contrastive_jax.evaluate "--model=$workdir" --tasks=query_key --baselines
 echo
 echo "checkpoints:  $workdir/checkpoints"
 echo "results:      $workdir/query_key.json"

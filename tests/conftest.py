@@ -104,10 +104,14 @@ def wait_for(condition: Callable[[], object], seconds: int = 120) -> None:
         time.sleep(0.1)
 
 
-def command(dataset: pathlib.Path, workdir: pathlib.Path, *more: str, module: str = "train", name: str = "debug") -> list[str]:
-    """A command on a shrunk recipe."""
-    changed = [f"--config=configs/{name}.py", *overrides(name, dataset)] if module == "train" else []
-    return [sys.executable, "-m", f"contrastive_jax.{module}", f"--workdir={workdir}", *changed, *more]
+def command(dataset: pathlib.Path, workdir: pathlib.Path, *more: str, name: str = "debug") -> list[str]:
+    """The training of a shrunk recipe."""
+    changed = [f"--config=configs/{name}.py", *overrides(name, dataset)]
+    return [sys.executable, "-m", "contrastive_jax.train", f"--workdir={workdir}", *changed, *more]
+
+
+def evaluation(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "contrastive_jax.evaluate", *arguments]
 
 
 def start(arguments: list[str], devices: int = 1) -> subprocess.Popen:

@@ -131,7 +131,14 @@ def trains(workdir: pathlib.Path) -> None:
     wait_for(lambda: metrics.exists() and "loss" in metrics.read_text() and list((workdir / "checkpoints").glob("[0-9]*")))
 
 
-@pytest.mark.parametrize(("victim", "how"), [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP)])
+@pytest.mark.parametrize(
+    ("victim", "how"),
+    [
+        (1, signal.SIGKILL),
+        pytest.param(0, signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param(1, signal.SIGSTOP, marks=pytest.mark.slow),
+    ],
+)
 def test_a_process_that_dies_or_hangs_ends_the_other_with_its_name(
     victim: int, how: signal.Signals, dataset: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
@@ -188,6 +195,7 @@ def test_a_workdir_that_cannot_be_written_is_a_user_error(dataset: pathlib.Path,
     assert re.search(r"\nerror: .*Not a directory: .*file", output)
 
 
+@pytest.mark.slow
 def test_other_devices_after_each_restart_train_the_same(dataset: pathlib.Path, tmp_path: pathlib.Path) -> None:
     sizes = ["--config.steps=8", "--config.model.dropout=0.2", "--config.objective.symmetric=False"]
     more = [*sizes, "--config.objective.queue=2"]

@@ -1,5 +1,6 @@
 """The query-key test: its scores on hand-made cases, its pairs, and the baselines."""
 
+import functools
 import pathlib
 
 import numpy as np
@@ -74,6 +75,6 @@ def test_embedding_in_blocks_changes_nothing() -> None:
         return params * (tokens * mask).sum(1, keepdims=True).astype(np.float32)
 
     tokens = np.arange(7 * 3).reshape(7, 3)
-    z = embed.embed(encode, 2.0, tokens, tokens > 4, batch_size=3)
+    z = embed.embed(functools.partial(encode, 2.0), tokens, tokens > 4, batch_size=3)
     np.testing.assert_array_equal(z, encode(2.0, tokens, tokens > 4))
     assert shapes == {(3, 3), (7, 3)}

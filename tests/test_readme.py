@@ -8,8 +8,10 @@ import shlex
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT
+from test_text_model import write_folder
 
 COMMANDS = [
     line.partition("  #")[0].strip()
@@ -51,6 +53,11 @@ def test_every_command_of_the_readme_is_run(tmp_path: pathlib.Path) -> None:
     write_shard(tmp_path / "pile/val.jsonl.zst", 1000, 20)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "models").mkdir()
+    write_folder(tmp_path / "models/minilm", "bert")
+    (tmp_path / "stsb").mkdir()
+    (tmp_path / "stsb/dev.tsv").write_text("5\tthe cat\tthe cat\n1\ta red hat\tone big dog\n3\ta mat\ta blue mat\n")
+    (tmp_path / "texts.txt").write_text("one\ntwo\n")
     ran = 0
     for command in COMMANDS:
         if any(command == known or command.startswith(f"{known} -") for known in ELSEWHERE):
@@ -75,7 +82,8 @@ def test_every_command_of_the_readme_is_run(tmp_path: pathlib.Path) -> None:
         )
         assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
         ran += 1
-    assert ran == 7
+    assert ran == 9
+    assert np.load(tmp_path / "vectors.npy").shape[0] == 2
     assert (tmp_path / "runs/pile_small/query_key.json").exists()
 
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from absl import flags
-from conftest import ROOT, command, finish, peers, recipe, refusal, shrink, start, wait_for
+from conftest import ROOT, command, evaluation, finish, peers, recipe, refusal, shrink, start, wait_for
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -54,7 +54,7 @@ def test_every_key_is_read(dataset: pathlib.Path, tmp_path: pathlib.Path, monkey
     config.objective.update(name="siglip", queue=2, symmetric=False)  # keys that only these read
     config.model.local_window = 2
     fit(config, tmp_path / "queue")
-    assert not leaves - seen
+    assert sorted(leaves - seen) == []
 
 
 @pytest.mark.parametrize("name", ["debug", "moco"])
@@ -193,14 +193,14 @@ def test_user_errors_are_one_line_and_status_2(
 
 def test_evaluate_prints_and_writes_the_table(dataset: pathlib.Path, tmp_path: pathlib.Path) -> None:
     fit(shrink(recipe("debug"), dataset), tmp_path)
-    output = finish(start(command(dataset, tmp_path, "--tasks=query_key", module="evaluate")))[0]
+    output = finish(start(evaluation(f"--model={tmp_path}", "--tasks=query_key")))[0]
     for row in ("chance", "untrained", "step 4"):
         assert row in output
     results = json.loads((tmp_path / "query_key.json").read_text())
     assert results["results"]["chance"]["mean"]["top5"] == pytest.approx(5 / 40)
     assert results["protocol"]["pairs"] == 40
-    output = finish(start(command(dataset, tmp_path, "--tasks=query", module="evaluate")), status=cli.USER_ERROR)[0]
-    assert "--tasks=query: choose one of query_key" in output
+    output = finish(start(evaluation(f"--model={tmp_path}@3")), status=cli.USER_ERROR)[0]
+    assert re.search(r"(?m)^error: --model=.*: no checkpoint 3; there are \[4\]", output)
 
 
 def test_compiled_programs_are_kept_but_for_those_of_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,19 +1,24 @@
-"""Rows of tokens to embeddings, in blocks of one shape so that nothing compiles twice."""
+"""Rows of tokens to embeddings, in blocks of few shapes, so that little compiles and nothing twice."""
 
-from collections.abc import Callable
-from typing import Any
+import time
+from collections.abc import Callable, Sequence
 
 import numpy as np
+from absl import logging
 
-Encode = Callable[[Any, np.ndarray, np.ndarray], np.ndarray]
+Forward = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+# Lengths to which rows are padded (a twelfth of them wasted; each is compiled for once), and tokens embedded at once.
+LENGTHS = tuple(sorted({step * quarter // 4 for step in (16 << i for i in range(10)) for quarter in (4, 5, 6, 7)}))
+BATCH_TOKENS = 8192
+PROGRESS_SECONDS = 5
 
 
-def embed(encode: Encode, params: Any, tokens: np.ndarray, mask: np.ndarray, batch_size: int) -> np.ndarray:
-    """Embeds n rows.
+def embed(forward: Forward, tokens: np.ndarray, mask: np.ndarray, batch_size: int) -> np.ndarray:
+    """Embeds n rows of one length.
 
     Args:
-      encode: (params, tokens[m l], mask[m l]) → float32[m e], m constant.
-      params: of the model.
+      forward: (tokens[m l], mask[m l]) → float32[m e], m constant.
       tokens: int32[n l].
       mask: bool[n l].
       batch_size: m.
@@ -26,6 +31,32 @@ def embed(encode: Encode, params: Any, tokens: np.ndarray, mask: np.ndarray, bat
         part, part_mask = tokens[start : start + batch_size], mask[start : start + batch_size]
         missing = batch_size - len(part)
         padding = [(0, missing), (0, 0)]
-        z = encode(params, np.pad(part, padding), np.pad(part_mask, padding, constant_values=True))
+        z = forward(np.pad(part, padding), np.pad(part_mask, padding, constant_values=True))
         blocks.append(z[: len(part)])
     return np.concatenate(blocks)
+
+
+def embed_ragged(forward: Forward, rows: Sequence[Sequence[int]], what: str = "texts") -> np.ndarray:
+    """Embeds rows of any lengths, float32[n e] in their order: those of like length together, the longest first."""
+    sizes = np.array([len(row) for row in rows])
+    bucket = np.searchsorted(LENGTHS, sizes)
+    began = told = time.monotonic()
+    z: np.ndarray | None = None
+    done = 0
+    for number in np.unique(bucket)[::-1]:
+        members = np.flatnonzero(bucket == number)
+        length = LENGTHS[number]
+        batch = max(BATCH_TOKENS // length, 1)
+        for start in range(0, len(members), batch):
+            chosen = members[start : start + batch]
+            tokens = np.zeros((len(chosen), length), np.int32)
+            for place, index in enumerate(chosen):
+                tokens[place, : sizes[index]] = rows[index]
+            found = embed(forward, tokens, np.arange(length) < sizes[chosen, None], batch)
+            z = np.empty((len(rows), found.shape[1]), np.float32) if z is None else z
+            z[chosen] = found
+            done += len(chosen)
+            if time.monotonic() > told + PROGRESS_SECONDS:
+                told = time.monotonic()
+                logging.info("embedding %s: %d of %d, %.0f a second", what, done, len(rows), done / (told - began))
+    return np.zeros((0, 1), np.float32) if z is None else z

@@ -4,7 +4,7 @@ Dimensions: n pairs, v = 2 views, l tokens, e embedding.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -89,11 +89,11 @@ def chance(n: int) -> dict[str, dict[str, float]]:
     return {direction: dict(scores) for direction in ("query_to_key", "key_to_query", "mean")}
 
 
-def evaluate(encode: embed_lib.Encode, params: Any, pairs: Pairs, batch_size: int) -> dict[str, dict[str, float]]:
+def evaluate(forward: embed_lib.Forward, pairs: Pairs, batch_size: int) -> dict[str, dict[str, float]]:
     """Scores a model on the pairs; see `score`."""
     n, v, length = pairs.tokens.shape
     rows = pairs.tokens.reshape(n * v, length), pairs.mask.reshape(n * v, length)
-    z = embed_lib.embed(encode, params, *rows, batch_size=batch_size).reshape(n, v, -1)
+    z = embed_lib.embed(forward, *rows, batch_size=batch_size).reshape(n, v, -1)
     return score(z[:, 0] @ z[:, 1].T)
 
 

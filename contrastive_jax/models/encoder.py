@@ -20,7 +20,7 @@ Params = Any  # nested dict of arrays
 ONE_DEVICE = Layout()
 
 CHOICES = {
-    "mlp": ("gelu", "geglu", "swiglu"),
+    "mlp": (*transformer.ACTIVATIONS, *transformer.GATED),
     "norm": ("layernorm", "rmsnorm"),
     "norm_position": ("pre", "post"),
     "position": ("learned", "rotary", "none"),
@@ -119,7 +119,7 @@ def check(config: ConfigDict) -> None:
     for key, least in LEAST.items():
         if config[key] < least:
             raise ValueError(f"config.model.{key}={config[key]}: must be at least {least}")
-    for key in ("rope_theta", "local_rope_theta"):
+    for key in ("rope_theta", "local_rope_theta", "norm_eps"):
         if config[key] <= 0:
             raise ValueError(f"config.model.{key}={config[key]}: must be above 0")
     if config.num_heads % config.num_kv_heads:

@@ -24,6 +24,7 @@ class Rows(NamedTuple):
       segment: int32[n l], the span of each token, from 1; 0 is padding.
       position: int32[n l] or [1 l], the place of each token in its span.
       window: int32[] or None: how far a token of this layer attends; None: any distance in any layer.
+      normed: bool[] or None: whether the input of this layer's attention has its norm already; None: in no layer.
       theta: the base of the rotary positions of this layer.
       noise: dropout's, or None.
     """
@@ -31,6 +32,7 @@ class Rows(NamedTuple):
     segment: jax.Array
     position: jax.Array
     window: jax.Array | None = None
+    normed: jax.Array | None = None
     theta: jax.Array | float = 0.0
     noise: Noise | None = None
 

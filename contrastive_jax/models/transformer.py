@@ -20,7 +20,9 @@ from contrastive_jax.models.attention import Attend
 from contrastive_jax.models.layout import Layout
 from contrastive_jax.models.rows import Noise, Rows, dropout
 
-ACTIVATIONS: dict[str, Callable] = {"gelu": jax.nn.gelu, "geglu": jax.nn.gelu, "swiglu": jax.nn.silu}
+EXACT_GELU = functools.partial(jax.nn.gelu, approximate=False)
+ACTIVATIONS: dict[str, Callable] = {"gelu": jax.nn.gelu, "gelu_exact": EXACT_GELU}
+GATED: dict[str, Callable] = {"geglu": jax.nn.gelu, "geglu_exact": EXACT_GELU, "swiglu": jax.nn.silu}
 
 
 def parameter(rngs: nnx.Rngs, init: Callable, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
@@ -57,33 +59,36 @@ class Norm(nnx.Module):
     """LayerNorm or RMSNorm over the last axis, statistics in float32."""
 
     def __init__(self, config: ConfigDict, rngs: nnx.Rngs):
-        self.centred = config.norm == "layernorm"
+        self.centred, self.eps = config.norm == "layernorm", config.norm_eps
         self.scale = parameter(rngs, initializers.ones, (config.d_model,), (None,))
         self.bias = parameter(rngs, initializers.zeros, (config.d_model,), (None,)) if self.centred and config.bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalises x[... d]."""
-        return normalise(self.centred, x, self.scale[...], None if self.bias is None else self.bias[...])
+        return normalise(self.centred, self.eps, x, self.scale[...], None if self.bias is None else self.bias[...])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def normalise(centred: bool, x: jax.Array, scale: jax.Array, bias: jax.Array | None) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def normalise(centred: bool, eps: float, x: jax.Array, scale: jax.Array, bias: jax.Array | None) -> jax.Array:
     """x[... d] with mean 0 (if centred) and variance 1, times scale[d], plus bias[d]."""
-    return normalise_forward(centred, x, scale, bias)[0]
+    return normalise_forward(centred, eps, x, scale, bias)[0]
 
 
-def normalise_forward(centred: bool, x: jax.Array, scale: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, tuple]:
+def normalise_forward(
+    centred: bool, eps: float, x: jax.Array, scale: jax.Array, bias: jax.Array | None
+) -> tuple[jax.Array, tuple]:
     """The value and what its gradient needs: of the size of x, x alone. One pass over x finds both statistics."""
     y = x.astype(jnp.float32)
     variance = jnp.square(y).mean(-1, keepdims=True)
     mean = y.mean(-1, keepdims=True) if centred else jnp.zeros_like(variance)
-    inverse = jax.lax.rsqrt(jnp.maximum(variance - jnp.square(mean), 0) + 1e-5)
+    inverse = jax.lax.rsqrt(jnp.maximum(variance - jnp.square(mean), 0) + eps)
     y = (y - mean) * inverse * scale
     return (y if bias is None else y + bias).astype(x.dtype), (x, scale, bias, mean, inverse)
 
 
-def normalise_backward(centred: bool, saved: tuple, gradient: jax.Array) -> tuple:
+def normalise_backward(centred: bool, eps: float, saved: tuple, gradient: jax.Array) -> tuple:
     """With y = (x - mean) · inverse and t = gradient · scale: inverse · (t - mean(t) - y · mean(t · y))."""
+    del eps
     x, scale, bias, mean, inverse = saved
     gradient, y = gradient.astype(jnp.float32), (x.astype(jnp.float32) - mean) * inverse
     t, rows = gradient * scale, tuple(range(x.ndim - 1))
@@ -148,11 +153,11 @@ class Mlp(nnx.Module):
 
     def __init__(self, config: ConfigDict, layout: Layout, out_std: float, rngs: nnx.Rngs):
         d, f = config.d_model, config.d_ff
-        activation = ACTIVATIONS[config.mlp]
+        activation = (ACTIVATIONS | GATED)[config.mlp]
         # Only its argument is kept for the backward pass; where the block is recomputed, that is so already.
         self.activation = jax.checkpoint(activation) if config.remat == "none" else activation
         self.up = Linear(config, layout, (d, f), ("embed", "mlp"), rngs)
-        self.gate = Linear(config, layout, (d, f), ("embed", "mlp"), rngs) if config.mlp != "gelu" else None
+        self.gate = Linear(config, layout, (d, f), ("embed", "mlp"), rngs) if config.mlp in GATED else None
         self.down = Linear(config, layout, (f, d), ("mlp", "embed"), rngs, init_std=out_std)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -179,7 +184,9 @@ class Block(nnx.Module):
         each = [None] * 3 if noise is None else [Noise(key, noise.row) for key in jax.random.split(noise.key, 3)]
         inner = rows._replace(noise=each[0])
         if c.norm_position == "pre":
-            x = x + dropout(self.attention(self.attention_norm(x), inner), c.dropout, each[1])
+            y = self.attention_norm(x)
+            y = y if rows.normed is None else jnp.where(rows.normed, x, y)
+            x = x + dropout(self.attention(y, inner), c.dropout, each[1])
             return x + dropout(self.mlp(self.mlp_norm(x)), c.dropout, each[2])
         x = self.attention_norm(x + dropout(self.attention(x, inner), c.dropout, each[1]))
         return self.mlp_norm(x + dropout(self.mlp(x), c.dropout, each[2]))
@@ -227,20 +234,21 @@ class Transformer(nnx.Module):
         graphdef, stacked = nnx.split(self.blocks)
 
         def body(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
-            params, key, everywhere = layer
+            params, key, number = layer
             block: Any = nnx.merge(graphdef, params)
             given = rows._replace(noise=None if rows.noise is None else Noise(key, rows.noise.row), theta=c.rope_theta)
+            if c.embedding_norm and c.norm_position == "pre":  # ModernBERT: it is the first block's attention norm too
+                given = given._replace(normed=number == 0)
             if c.local_window:
+                everywhere = number % c.global_every == 0  # ModernBERT's order: the first of every `global_every`
                 given = given._replace(
                     window=jnp.where(everywhere, x.shape[1], c.local_window),
                     theta=jnp.where(everywhere, c.rope_theta, c.local_rope_theta),
                 )
             return self.layout.rows(block(x, given)), None
 
-        # ModernBERT's order: the first of every `global_every` layers attends to all tokens.
-        everywhere = jnp.arange(c.num_layers) % c.global_every == 0
         keys = None if rows.noise is None else rows.noise.key
-        layers, body = (stacked, keys, everywhere), remat(body, c.remat)
+        layers, body = (stacked, keys, jnp.arange(c.num_layers)), remat(body, c.remat)
         if c.scan:
             return jax.lax.scan(body, x, layers)[0]
         for number in range(c.num_layers):

@@ -101,12 +101,13 @@ def train(arguments: argparse.Namespace, folder: pathlib.Path, chance: random.Ra
 
 def prepare(arguments: argparse.Namespace, folder: pathlib.Path, chance: random.Random) -> bool:
     """Whether data prepared after kills are those of one go."""
-    texts = [" ".join(chance.choices("the quick brown fox jumps over a lazy dog".split(), k=200)) for _ in range(300)]
+    words = ["".join(chance.choices("abcdefghij", k=chance.randint(1, 9))) for _ in range(2000)]
+    texts = [" ".join(chance.choices(words, k=200)) for _ in range(300)]
     shard = folder / "text.jsonl"
     shard.write_text("".join(json.dumps({"text": f"{i} {text}"}) + "\n" for i, text in enumerate(texts)))
 
     def begin(output: pathlib.Path) -> subprocess.Popen:
-        more = [f"--input={shard}", f"--output={output}", "--vocab_size=300", "--sample_mb=1"]
+        more = [f"--input={shard}", f"--output={output}", "--vocab_size=512", "--sample_mb=1"]
         return conftest.start([sys.executable, "-m", "contrastive_jax.prepare", *more])
 
     began = time.monotonic()

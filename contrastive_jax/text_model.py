@@ -1,0 +1,198 @@
+"""A trained encoder as a function of text, wherever it comes from: a run of ours, or a Hugging Face folder.
+
+runs/pile_small       the newest checkpoint of a workdir; runs/pile_small@2000: that of step 2,000
+hf:FOLDER             a Hugging Face or sentence-transformers folder: safetensors, config.json, tokenizer.json
+"""
+
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from etils import epath
+from ml_collections import ConfigDict
+
+from configs import base
+from contrastive_jax import build, checkpoint, digest, sharding
+from contrastive_jax.data import tokenizer
+from contrastive_jax.evals import embed
+from contrastive_jax.models import encoder as encoder_lib
+from contrastive_jax.models import hf
+from contrastive_jax.models.layout import Layout
+from contrastive_jax.step import step_key
+
+VIEWS = ("query", "document")
+
+
+class TextModel(NamedTuple):
+    """An encoder with its tokenizer.
+
+    Attributes:
+      protocol: what decides an embedding: it stands beside every result.
+      tokenize: (texts, view) → the ids of each text as the encoder takes them; view is 0 for queries, 1 for documents.
+      forward: (tokens int32[n l], mask bool[n l]) → unit vectors float32[n e].
+      untrained: forward of the same encoder before training, by the run's seed; None where there was none.
+      config: of the run; None for a Hugging Face folder.
+    """
+
+    protocol: dict[str, Any]
+    tokenize: Callable[[Sequence[str], int], list[list[int]]]
+    forward: embed.Forward
+    untrained: Callable[[], embed.Forward] | None = None
+    config: ConfigDict | None = None
+
+    def encode(self, texts: Sequence[str], view: int = 0) -> np.ndarray:
+        """Unit vectors float32[n e] of n texts."""
+        return embed.embed_ragged(self.forward, self.tokenize(texts, view), what=f"{VIEWS[view]} texts")
+
+
+def open_model(name: str) -> TextModel:
+    """Opens the model of a `--model` flag.
+
+    Raises:
+      ValueError: there is none; the message says what to give.
+    """
+    if name.startswith("hf:"):
+        return open_hf(pathlib.Path(name.removeprefix("hf:")).expanduser())
+    path, _, step = name.rpartition("@")
+    return open_workdir(epath.Path(path), int(step)) if path and step.isdigit() else open_workdir(epath.Path(name), None)
+
+
+def one_axis() -> jax.sharding.Mesh:
+    """All devices for the rows: parameters are replicated."""
+    return sharding.make_mesh(ConfigDict({"data": -1, "fsdp": 1, "tensor": 1}))
+
+
+def encoder_of(config: ConfigDict, vocab_size: int, length: int) -> tuple[encoder_lib.Encoder, Callable]:
+    """The encoder of `config.model` and its jitted forward pass on all devices."""
+    mesh = one_axis()
+    encoder = encoder_lib.make(config, vocab_size, length, Layout(mesh, sharding.BATCH[0], "tensor", sharding.RULES))
+    return encoder, build.make_encode(encoder.apply, mesh)
+
+
+def bind(encode: Callable, params: Any) -> embed.Forward:
+    """The forward pass with its parameters, on the devices."""
+    placed = jax.device_put(params, jax.NamedSharding(one_axis(), jax.P()))
+    return lambda tokens, mask: encode({"encoder": placed}, tokens, mask)
+
+
+def open_workdir(workdir: epath.Path, step: int | None) -> TextModel:
+    """A run of ours at a step, or at its newest checkpoint.
+
+    Raises:
+      ValueError: the folder is no workdir, or has no such checkpoint.
+    """
+    workdir = workdir.expanduser()
+    path = workdir / "config.json"
+    if not path.exists():
+        raise ValueError(f"--model={workdir}: no config.json there; give the workdir of a training run, or hf:FOLDER")
+    config = ConfigDict(json.loads(path.read_text()))
+    checkpoints = checkpoint.Checkpoints(workdir, read_only=True)
+    there = checkpoints.steps()
+    step = step if step is not None else max(there, default=None)
+    if step not in there:
+        raise ValueError(f"--model={workdir}: no checkpoint {step if step is not None else ''}; there are {there}")
+    params = checkpoints.read(step, "params", lambda leaf: jax.P())["encoder"]
+    vocab_size = len(params["transformer"]["embedding"])
+    encoder, encode = encoder_of(config.model, vocab_size, config.data.length)
+    words = None
+
+    def tokenize(texts: Sequence[str], view: int) -> list[list[int]]:
+        nonlocal words
+        words = words or tokenizer.load(workdir if (workdir / tokenizer.MODEL_FILE).exists() else config.data.dir)
+        edges = [["x_open", "x_close"], ["y_open", "y_close"]][view] if config.data.delimiters else []
+        ids = [[words.reserved[name]] for name in edges] or [[], []]
+        room = config.data.length - len(edges)
+        return [ids[0] + row[:room] + ids[1] for row in words.encode_batch([text.strip() for text in texts])]
+
+    def untrained() -> embed.Forward:
+        return bind(encode, encoder.init(step_key(jax.random.key(config.seed), "init", jnp.int32(0))))
+
+    protocol = {
+        "model": str(workdir),
+        "step": step,
+        "pooling": config.model.pooling,
+        "prompts": "[x], {y}" if config.data.delimiters else "none",
+        "max_tokens": config.data.length,
+    }
+    return TextModel(protocol | common(params), tokenize, bind(encode, params), untrained, config)
+
+
+def common(params: Any) -> dict[str, Any]:
+    """What every protocol says."""
+    placed = jax.tree.map(jnp.asarray, params)
+    return {"normalised": True, "parameters": digest.summary(digest.of_tree(placed)), "code": digest.of_code()}
+
+
+POOLING = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "eos"}
+
+
+def read_pooling(folder: pathlib.Path) -> tuple[str, pathlib.Path]:
+    """How a sentence-transformers folder makes one vector of a text, and where its Transformer lies; plain folders: the mean.
+
+    Raises:
+      ValueError: a module that this encoder does not have.
+    """
+    path = folder / "modules.json"
+    if not path.exists():
+        logging.warning("%s has no modules.json: taking the mean of all tokens", folder)
+        return "mean", folder
+    pooling, where = "mean", folder
+    for module in json.loads(path.read_text()):
+        kind = module["type"].rpartition(".")[2]
+        if kind == "Transformer":
+            where = folder / module["path"]
+        elif kind == "Pooling":
+            config = json.loads((folder / module["path"] / "config.json").read_text())
+            chosen = [key for key, value in config.items() if key.startswith("pooling_mode") and value is True]
+            chosen += [f"pooling_mode_{config['pooling_mode']}_tokens"] if isinstance(config.get("pooling_mode"), str) else []
+            if len(chosen) != 1 or chosen[0] not in POOLING:
+                raise ValueError(f"{path}: pooling by {', '.join(chosen)}; this encoder knows {', '.join(POOLING)}")
+            pooling = POOLING[chosen[0]]
+        elif kind != "Normalize":
+            raise ValueError(f"{path}: module {kind}; this encoder has Transformer, Pooling, Normalize")
+    return pooling, where
+
+
+def open_hf(folder: pathlib.Path) -> TextModel:
+    """A Hugging Face folder.
+
+    Raises:
+      ValueError: something is missing, or is what this encoder does not have.
+    """
+    import tokenizers
+
+    pooling, where = read_pooling(folder)
+    found = hf.load(where)
+    config = base.get_config().model
+    config.update(found.model, pooling=pooling, attention="plain")
+    if not (where / "tokenizer.json").exists():
+        raise ValueError(f"hf:{where}: no tokenizer.json there; save the tokenizer with transformers' save_pretrained")
+    settings = read_json(where / "sentence_bert_config.json")
+    said = (("tokenizer_config.json", "model_max_length"), ("config.json", "max_position_embeddings"))
+    limits = [settings.get("max_seq_length"), found.length, *(read_json(where / name).get(key) for name, key in said)]
+    length = int(min((limit for limit in limits if limit), default=512))
+    words = tokenizers.Tokenizer.from_file(str(where / "tokenizer.json"))
+    words.enable_truncation(length)
+    words.no_padding()
+    prompts = read_json(folder / "config_sentence_transformers.json").get("prompts") or {}
+
+    def tokenize(texts: Sequence[str], view: int) -> list[list[int]]:
+        prompt = prompts.get(VIEWS[view]) or ""
+        shown = [prompt + (text.strip().lower() if settings.get("do_lower_case") else text.strip()) for text in texts]
+        return [row.ids for row in words.encode_batch(shown)]
+
+    params = found.params
+    embedding = params["transformer"]["embedding"]
+    _, encode = encoder_of(config, len(embedding), found.length or length)
+    protocol = {"model": f"hf:{folder}", "pooling": pooling, "prompts": prompts, "max_tokens": length}
+    return TextModel(protocol | common(params), tokenize, bind(encode, params))
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON file, or {} where there is none."""
+    return json.loads(path.read_text()) if path.exists() else {}
