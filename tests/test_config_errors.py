@@ -103,6 +103,7 @@ def test_values_that_do_not_go_together(
     assert words in refusal(command(dataset, tmp_path, "--config.eval_every=5", *given), monkeypatch, capsys)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_vocabulary_is_refused(
     dataset: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

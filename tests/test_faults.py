@@ -173,6 +173,7 @@ def small_disk(folder: pathlib.Path, size: str) -> Iterator[pathlib.Path]:
         subprocess.run(["umount", "-l", folder], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_and_the_checkpoint_before_stays(dataset: pathlib.Path, tmp_path: pathlib.Path) -> None:
     with small_disk(tmp_path / "disk", "64m") as disk:
         steps = ["--config.checkpoint_every=2", "--config.steps=4"]

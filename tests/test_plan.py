@@ -162,8 +162,6 @@ def test_what_does_not_fit_says_what_would(dataset: pathlib.Path) -> None:
         *overrides("debug", dataset),
         "--target=cpu:1",
         f"--config.data.batch_size={batch}",
-        "--config.objective.where=local",
-        "--config.objective.block=1048576",
     )
     assert done.returncode == 1, done.stderr[-2000:]
     assert "DOES NOT FIT" in done.stdout

@@ -57,7 +57,7 @@ def test_every_key_is_read(dataset: pathlib.Path, tmp_path: pathlib.Path, monkey
     assert sorted(leaves - seen) == []
 
 
-@pytest.mark.parametrize("name", ["debug", "moco"])
+@pytest.mark.parametrize("name", [pytest.param("debug", marks=pytest.mark.slow), "moco"])
 def test_resume_is_exact_with_dropout(name: str, dataset: pathlib.Path, tmp_path: pathlib.Path) -> None:
     config = shrink(recipe(name), dataset)
     config.steps, config.model.dropout, config.checkpoint_every = 6, 0.3, 4
@@ -142,23 +142,20 @@ def test_layouts_of_processes_and_devices_train_the_same(dataset: pathlib.Path, 
     for name in ("1x8", "2x4"):
         assert [line["batch_digest"] for line in runs[name]] == [line["batch_digest"] for line in runs["1x1"]]
         np.testing.assert_allclose([line["loss"] for line in runs[name]], [line["loss"] for line in runs["1x1"]], rtol=1e-5)
-    # The same workdir goes on under another layout.
-    finish(start(command(dataset, tmp_path / "2x4", *options, "--config.steps=7"), devices=2))
 
 
 def test_sigterm_saves_and_ends_and_the_run_resumes(dataset: pathlib.Path, tmp_path: pathlib.Path) -> None:
     options = ["--config.steps=100000", "--config.checkpoint_every=0"]
-    for number, begin in enumerate((lambda w: [start(command(dataset, w, *options))], lambda w: peers(dataset, w, *options))):
-        workdir = tmp_path / str(number)
-        processes = begin(workdir)
-        wait_for(lambda w=workdir: (w / "metrics.jsonl").exists() and "loss" in (w / "metrics.jsonl").read_text())
-        processes[-1].send_signal(signal.SIGTERM)
-        outputs = finish(*processes, status=PREEMPTED)
-        reached = {
-            line.split("ended at step ")[1].split()[0] for text in outputs for line in text.splitlines() if "ended at" in line
-        }
-        assert len(reached) == 1  # all processes saved the same step
-        assert [path.name for path in (workdir / "checkpoints").iterdir()] == [*reached]
+    # Of one process alone: test_launch.py, at a maintenance notice.
+    processes, file = peers(dataset, tmp_path, *options), tmp_path / "metrics.jsonl"
+    wait_for(lambda: file.exists() and "loss" in file.read_text())
+    processes[-1].send_signal(signal.SIGTERM)
+    outputs = finish(*processes, status=PREEMPTED)
+    reached = {
+        line.split("ended at step ")[1].split()[0] for text in outputs for line in text.splitlines() if "ended at" in line
+    }
+    assert len(reached) == 1  # all processes saved the same step
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [*reached]
 
 
 def test_processes_that_differ_refuse_to_start(dataset: pathlib.Path, tmp_path: pathlib.Path) -> None:
