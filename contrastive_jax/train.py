@@ -75,7 +75,7 @@ def set_up(config: ConfigDict, workdir: epath.Path, strict: bool = False, other_
     mesh = sharding.make_mesh(config.mesh)
     run = build_lib.build(config, mesh, manifest["vocab_size"])
     windows = pipeline.open_split(config.data.dir, "train")
-    pipeline.check(windows, config.data)
+    pipeline.sampling(windows, config.data, config.seed)  # refuses now what the loop could not have
     held_out = pipeline.open_split(config.data.dir, "validation") if config.eval_every else None
     pairs = query_key.make_pairs(held_out, config.eval, config.data) if held_out else None
     if jax.process_index() == 0:
@@ -121,7 +121,7 @@ def check_same_batches(setup: Setup, meta: dict[str, Any]) -> None:
 def items_of(state: step_lib.TrainState) -> dict[str, Any]:
     """What a checkpoint holds of a state (or of its shapes), by name; the step is the checkpoint's own name."""
     items = state._asdict()
-    return {name: items[name] for name in ("params", "opt_state", "queue") if items[name] != ()}
+    return {name: items[name] for name in checkpoint.ITEMS if items[name] != ()}
 
 
 def evaluate(setup: Setup, pairs: query_key.Pairs, params: Any, step: int, writer: metrics.Writer | None) -> None:

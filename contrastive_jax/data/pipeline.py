@@ -242,12 +242,16 @@ def check_length(config: ConfigDict, span: int, key: str) -> None:
         )
 
 
-def check(windows: Windows, config: ConfigDict) -> None:
-    """Raises what `batches` would, before anything is begun."""
+def sampling(windows: Windows, config: ConfigDict, seed: int) -> tuple[spans.Sampler, Callable[[tf.Tensor], tf.Tensor]]:
+    """The sampler and the order of the data, as `batches` takes them.
+
+    Raises:
+      ValueError: a value is out of range or the data cannot serve it.
+    """
     sampler = spans.make(config)
     check_length(config, sampler.max_span, "config.data.max_span")
     packing.check(config, sampler.min_span + 2 * config.delimiters)
-    make_index(windows, config, 0, sampler.min_window)
+    return sampler, make_index(windows, config, seed, sampler.min_window)
 
 
 def batches(
@@ -270,9 +274,7 @@ def batches(
     Raises:
       ValueError: a value is out of range or the data cannot serve it.
     """
-    check(windows, config)
-    sampler = spans.make(config)
-    index = make_index(windows, config, seed, sampler.min_window)
+    sampler, index = sampling(windows, config, seed)
     rows = np.arange(config.batch_size) if rows is None else rows
     documents, lengths = tf.constant(windows.document), tf.constant(windows.length)
     delimiters = delimiter_ids(windows.manifest)
