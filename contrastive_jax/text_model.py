@@ -1,7 +1,8 @@
 """A trained encoder as a function of text, wherever it comes from: a run of ours, or a Hugging Face folder.
 
 runs/pile_small       the newest checkpoint of a workdir; runs/pile_small@2000: that of step 2,000
-hf:FOLDER             a Hugging Face or sentence-transformers folder: safetensors, config.json, tokenizer.json
+hf:FOLDER             a Hugging Face or sentence-transformers folder, what `export` writes among them: safetensors,
+                      config.json, tokenizer.json
 """
 
 import json
@@ -26,6 +27,7 @@ from contrastive_jax.models.layout import Layout
 from contrastive_jax.step import step_key
 
 VIEWS = ("query", "document")
+BAG_TOKENS = 512  # of a text that a bag takes whose tokenizer says nothing
 
 
 class TextModel(NamedTuple):
@@ -35,6 +37,8 @@ class TextModel(NamedTuple):
       protocol: what decides an embedding: it stands beside every result.
       tokenize: (texts, view) → the ids of each text as the encoder takes them; view is 0 for queries, 1 for documents.
       forward: (tokens int32[n l], mask bool[n l]) → unit vectors float32[n e].
+      apply: (params, tokens, mask, key=None) → the same in jax; dropout where a key is given.
+      params: of `apply`, on the devices.
       untrained: forward of the same encoder before training, by the run's seed; None where there was none.
       config: of the run; None for a Hugging Face folder.
     """
@@ -42,12 +46,15 @@ class TextModel(NamedTuple):
     protocol: dict[str, Any]
     tokenize: Callable[[Sequence[str], int], list[list[int]]]
     forward: embed.Forward
+    apply: Callable[..., jax.Array]
+    params: Any
     untrained: Callable[[], embed.Forward] | None = None
     config: ConfigDict | None = None
 
     def encode(self, texts: Sequence[str], view: int = 0) -> np.ndarray:
         """Unit vectors float32[n e] of n texts."""
-        return embed.embed_ragged(self.forward, self.tokenize(texts, view), what=f"{VIEWS[view]} texts")
+        rows = self.tokenize(texts, view)
+        return embed.embed_ragged(self.forward, rows, self.protocol["max_tokens"], what=f"{VIEWS[view]} texts")
 
 
 def open_model(name: str) -> TextModel:
@@ -58,6 +65,8 @@ def open_model(name: str) -> TextModel:
     """
     if name.startswith("hf:"):
         return open_hf(pathlib.Path(name.removeprefix("hf:")).expanduser())
+    if (epath.Path(name).expanduser() / "modules.json").exists():
+        return open_hf(pathlib.Path(name).expanduser())
     path, _, step = name.rpartition("@")
     return open_workdir(epath.Path(path), int(step)) if path and step.isdigit() else open_workdir(epath.Path(name), None)
 
@@ -74,10 +83,23 @@ def encoder_of(config: ConfigDict, vocab_size: int, length: int) -> tuple[encode
     return encoder, build.make_encode(encoder.apply, mesh)
 
 
+def words_of(workdir: epath.Path, config: ConfigDict) -> tokenizer.Tokenizer:
+    """The tokenizer of a run: its own copy, or that of its data.
+
+    Raises:
+      DataError: neither is there.
+    """
+    return tokenizer.load(workdir if (workdir / tokenizer.MODEL_FILE).exists() else config.data.dir)
+
+
+def place(params: Any) -> Any:
+    """Parameters on all devices."""
+    return jax.device_put(params, jax.NamedSharding(one_axis(), jax.P()))
+
+
 def bind(encode: Callable, params: Any) -> embed.Forward:
-    """The forward pass with its parameters, on the devices."""
-    placed = jax.device_put(params, jax.NamedSharding(one_axis(), jax.P()))
-    return lambda tokens, mask: encode({"encoder": placed}, tokens, mask)
+    """The forward pass with its parameters."""
+    return lambda tokens, mask: encode({"encoder": params}, tokens, mask)
 
 
 def open_workdir(workdir: epath.Path, step: int | None) -> TextModel:
@@ -103,14 +125,14 @@ def open_workdir(workdir: epath.Path, step: int | None) -> TextModel:
 
     def tokenize(texts: Sequence[str], view: int) -> list[list[int]]:
         nonlocal words
-        words = words or tokenizer.load(workdir if (workdir / tokenizer.MODEL_FILE).exists() else config.data.dir)
+        words = words or words_of(workdir, config)
         edges = [["x_open", "x_close"], ["y_open", "y_close"]][view] if config.data.delimiters else []
         ids = [[words.reserved[name]] for name in edges] or [[], []]
         room = config.data.length - len(edges)
         return [ids[0] + row[:room] + ids[1] for row in words.encode_batch([text.strip() for text in texts])]
 
     def untrained() -> embed.Forward:
-        return bind(encode, encoder.init(step_key(jax.random.key(config.seed), "init", jnp.int32(0))))
+        return bind(encode, place(encoder.init(step_key(jax.random.key(config.seed), "init", jnp.int32(0)))))
 
     protocol = {
         "model": str(workdir),
@@ -119,20 +141,36 @@ def open_workdir(workdir: epath.Path, step: int | None) -> TextModel:
         "prompts": "[x], {y}" if config.data.delimiters else "none",
         "max_tokens": config.data.length,
     }
-    return TextModel(protocol | common(params), tokenize, bind(encode, params), untrained, config)
+    placed = place(params)
+    return TextModel(protocol | common(placed), tokenize, bind(encode, placed), encoder.apply, placed, untrained, config)
 
 
 def common(params: Any) -> dict[str, Any]:
     """What every protocol says."""
-    placed = jax.tree.map(jnp.asarray, params)
-    return {"normalised": True, "parameters": digest.summary(digest.of_tree(placed)), "code": digest.of_code()}
+    return {"normalised": True, "parameters": digest.summary(digest.of_tree(params)), "code": digest.of_code()}
 
 
 POOLING = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "eos"}
 
 
-def read_pooling(folder: pathlib.Path) -> tuple[str, pathlib.Path]:
-    """How a sentence-transformers folder makes one vector of a text, and where its Transformer lies; plain folders: the mean.
+class Modules(NamedTuple):
+    """What modules.json of a sentence-transformers folder says.
+
+    Attributes:
+      where: the folder of the Transformer or StaticEmbedding.
+      bag: whether it is a StaticEmbedding.
+      pooling: as `config.model.pooling`.
+      projection: the folder of the Dense, if there is one.
+    """
+
+    where: pathlib.Path
+    bag: bool = False
+    pooling: str = "mean"
+    projection: pathlib.Path | None = None
+
+
+def read_modules(folder: pathlib.Path) -> Modules:
+    """How a sentence-transformers folder makes one vector of a text; plain folders: the mean.
 
     Raises:
       ValueError: a module that this encoder does not have.
@@ -140,57 +178,67 @@ def read_pooling(folder: pathlib.Path) -> tuple[str, pathlib.Path]:
     path = folder / "modules.json"
     if not path.exists():
         logging.warning("%s has no modules.json: taking the mean of all tokens", folder)
-        return "mean", folder
-    pooling, where = "mean", folder
+        return Modules(folder)
+    found = Modules(folder)
     for module in json.loads(path.read_text()):
-        kind = module["type"].rpartition(".")[2]
-        if kind == "Transformer":
-            where = folder / module["path"]
+        kind, place = module["type"].rpartition(".")[2], folder / module["path"]
+        if kind in ("Transformer", "StaticEmbedding"):
+            found = found._replace(where=place, bag=kind == "StaticEmbedding")
         elif kind == "Pooling":
-            config = json.loads((folder / module["path"] / "config.json").read_text())
+            config = json.loads((place / "config.json").read_text())
             chosen = [key for key, value in config.items() if key.startswith("pooling_mode") and value is True]
             chosen += [f"pooling_mode_{config['pooling_mode']}_tokens"] if isinstance(config.get("pooling_mode"), str) else []
             if len(chosen) != 1 or chosen[0] not in POOLING:
                 raise ValueError(f"{path}: pooling by {', '.join(chosen)}; this encoder knows {', '.join(POOLING)}")
-            pooling = POOLING[chosen[0]]
+            found = found._replace(pooling=POOLING[chosen[0]])
+        elif kind == "Dense":
+            found = found._replace(projection=place)
         elif kind != "Normalize":
-            raise ValueError(f"{path}: module {kind}; this encoder has Transformer, Pooling, Normalize")
-    return pooling, where
+            known = "Transformer, StaticEmbedding, Pooling, Dense, Normalize"
+            raise ValueError(f"{path}: module {kind}; this encoder has {known}")
+    return found
 
 
 def open_hf(folder: pathlib.Path) -> TextModel:
-    """A Hugging Face folder.
+    """A Hugging Face or sentence-transformers folder.
 
     Raises:
       ValueError: something is missing, or is what this encoder does not have.
     """
     import tokenizers
 
-    pooling, where = read_pooling(folder)
-    found = hf.load(where)
-    config = base.get_config().model
-    config.update(found.model, pooling=pooling, attention="plain")
+    modules = read_modules(folder)
+    where = modules.where
+    found = hf.load_bag(where) if modules.bag else hf.load(where)
+    params, config = found.params, base.get_config().model
+    config.update(found.model, pooling=modules.pooling, attention="plain")
+    if modules.projection:
+        params |= {"projection": hf.load_projection(modules.projection)}
+        config.embedding_dim = params["projection"]["kernel"].shape[1]
     if not (where / "tokenizer.json").exists():
         raise ValueError(f"hf:{where}: no tokenizer.json there; save the tokenizer with transformers' save_pretrained")
     settings = read_json(where / "sentence_bert_config.json")
     said = (("tokenizer_config.json", "model_max_length"), ("config.json", "max_position_embeddings"))
     limits = [settings.get("max_seq_length"), found.length, *(read_json(where / name).get(key) for name, key in said)]
-    length = int(min((limit for limit in limits if limit), default=512))
     words = tokenizers.Tokenizer.from_file(str(where / "tokenizer.json"))
+    if modules.bag:  # it has no limit but its tokenizer's
+        limits = [words.truncation["max_length"] if words.truncation else BAG_TOKENS]
+    length = int(min((limit for limit in limits if limit), default=512))
     words.enable_truncation(length)
     words.no_padding()
-    prompts = read_json(folder / "config_sentence_transformers.json").get("prompts") or {}
+    kept = read_json(folder / "config_sentence_transformers.json").get("prompts") or {}
+    prompts = {view: kept[view] for view in VIEWS if kept.get(view)}
 
     def tokenize(texts: Sequence[str], view: int) -> list[list[int]]:
-        prompt = prompts.get(VIEWS[view]) or ""
+        prompt = prompts.get(VIEWS[view], "")
         shown = [prompt + (text.strip().lower() if settings.get("do_lower_case") else text.strip()) for text in texts]
-        return [row.ids for row in words.encode_batch(shown)]
+        return [row.ids for row in words.encode_batch(shown, add_special_tokens=not modules.bag)]
 
-    params = found.params
     embedding = params["transformer"]["embedding"]
-    _, encode = encoder_of(config, len(embedding), found.length or length)
-    protocol = {"model": f"hf:{folder}", "pooling": pooling, "prompts": prompts, "max_tokens": length}
-    return TextModel(protocol | common(params), tokenize, bind(encode, params))
+    encoder, encode = encoder_of(config, len(embedding), found.length or length)
+    protocol = {"model": f"hf:{folder}", "pooling": modules.pooling, "prompts": prompts or "none", "max_tokens": length}
+    placed = place(params)
+    return TextModel(protocol | common(placed), tokenize, bind(encode, placed), encoder.apply, placed)
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:

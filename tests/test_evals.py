@@ -21,10 +21,11 @@ def test_rows_of_any_length_keep_their_order() -> None:
 
     rng = np.random.default_rng(0)
     rows = [rng.integers(1, 9, size).tolist() for size in rng.integers(1, 200, 3000)]
-    z = embed.embed_ragged(forward, rows)
+    z = embed.embed_ragged(forward, rows, 199)
     np.testing.assert_array_equal(z, [[sum(row), len(row)] for row in rows])
     assert len(shapes) == len({int(np.searchsorted(embed.LENGTHS, len(row))) for row in rows})
-    assert embed.embed_ragged(forward, []).shape[0] == 0
+    assert max(length for _, length in shapes) == 199
+    assert embed.embed_ragged(forward, [], 199).shape[0] == 0
 
 
 def test_correlations_by_hand(tmp_path: pathlib.Path) -> None:

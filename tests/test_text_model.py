@@ -146,8 +146,8 @@ def test_what_a_folder_lacks_or_we_lack_is_named(tmp_path: pathlib.Path) -> None
     assert "not what config.json says" in broken(config(hidden_size=8))
     pooling = json.dumps({"pooling_mode_max_tokens": True})
     assert "pooling_mode_max_tokens; this encoder knows" in broken({"1_Pooling/config.json": pooling})
-    modules = json.dumps([{"type": "sentence_transformers.models.Dense", "path": "2_Dense"}])
-    assert "module Dense; this encoder has" in broken({"modules.json": modules})
+    modules = json.dumps([{"type": "sentence_transformers.models.CNN", "path": "2_CNN"}])
+    assert "module CNN; this encoder has" in broken({"modules.json": modules})
 
 
 def test_the_command_on_a_folder(tmp_path: pathlib.Path) -> None:

@@ -36,7 +36,7 @@ RESERVED_PIECES = {
     "y_close": "</y>",
 }
 _SPACE = "▁"  # SentencePiece writes a space as U+2581, so that a real U+2581 needs a way of its own.
-_LINE_PIECES = ["\n", "\n\n", "\t", "\t\t"]
+LINE_PIECES = ["\n", "\n\n", "\t", "\t\t"]
 
 
 class Tokenizer:
@@ -44,6 +44,7 @@ class Tokenizer:
 
     Attributes:
       model: the serialised SentencePiece model.
+      processor: it, loaded.
       reserved: name -> id for pad, bos, eos, mask, x_open, x_close, y_open, y_close; `encode` never returns one.
       vocab_size: number of ids, reserved ones included.
       sha256: hex digest of `model`.
@@ -51,19 +52,19 @@ class Tokenizer:
 
     def __init__(self, model: bytes):
         self.model = model
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.sha256 = hashlib.sha256(model).hexdigest()
-        self.reserved = _reserved_ids(self._processor)
-        self.vocab_size = max(self._processor.get_piece_size(), *(i + 1 for i in self.reserved.values()))
+        self.reserved = _reserved_ids(self.processor)
+        self.vocab_size = max(self.processor.get_piece_size(), *(i + 1 for i in self.reserved.values()))
         self._reserved_set = frozenset(self.reserved.values())
-        byte_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
-        self._space_ids = byte_ids if all(map(self._processor.is_byte, byte_ids)) else None
+        byte_ids = [self.processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
+        self._space_ids = byte_ids if all(map(self.processor.is_byte, byte_ids)) else None
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text`, without any reserved id."""
         if self._space_ids is None or _SPACE not in text:
-            return self._processor.encode(text)
-        first, *others = self._processor.encode(text.split(_SPACE))
+            return self.processor.encode(text)
+        first, *others = self.processor.encode(text.split(_SPACE))
         for part in others:
             first += self._space_ids + part
         return first
@@ -74,7 +75,7 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of `ids`; reserved ids are dropped, a character cut in its bytes becomes U+FFFD."""
-        return self._processor.decode([int(i) for i in ids if i not in self._reserved_set])
+        return self.processor.decode([int(i) for i in ids if i not in self._reserved_set])
 
 
 def load(path: str | os.PathLike[str]) -> Tokenizer:
@@ -120,7 +121,7 @@ def train(sample: Iterable[str], vocab_size: int) -> Tokenizer:
             eos_piece=eos,
             control_symbols=views,
             unk_id=len(RESERVED_PIECES),
-            user_defined_symbols=_LINE_PIECES,
+            user_defined_symbols=LINE_PIECES,
             byte_fallback=True,
             character_coverage=0.9999,
             normalization_rule_name="identity",

@@ -36,16 +36,17 @@ def embed(forward: Forward, tokens: np.ndarray, mask: np.ndarray, batch_size: in
     return np.concatenate(blocks)
 
 
-def embed_ragged(forward: Forward, rows: Sequence[Sequence[int]], what: str = "texts") -> np.ndarray:
-    """Embeds rows of any lengths, float32[n e] in their order: those of like length together, the longest first."""
+def embed_ragged(forward: Forward, rows: Sequence[Sequence[int]], longest: int, what: str = "texts") -> np.ndarray:
+    """Embeds rows of up to `longest` tokens, float32[n e] in their order: those of like length together, the longest first."""
     sizes = np.array([len(row) for row in rows])
-    bucket = np.searchsorted(LENGTHS, sizes)
+    lengths = [length for length in LENGTHS if length < longest] + [longest]  # a model may have positions for no more
+    bucket = np.searchsorted(lengths, sizes)
     began = told = time.monotonic()
     z: np.ndarray | None = None
     done = 0
     for number in np.unique(bucket)[::-1]:
         members = np.flatnonzero(bucket == number)
-        length = LENGTHS[number]
+        length = lengths[number]
         batch = max(BATCH_TOKENS // length, 1)
         for start in range(0, len(members), batch):
             chosen = members[start : start + batch]

@@ -23,11 +23,13 @@ class Pairs(NamedTuple):
       tokens: int32[n 2 l], with delimiters where the model was trained with them.
       mask: bool[n 2 l].
       spans: n pairs of token lists without delimiters: what a baseline reads.
+      record: int64[n], the window of each pair.
     """
 
     tokens: np.ndarray
     mask: np.ndarray
     spans: list[tuple[list[int], list[int]]]
+    record: np.ndarray
 
 
 def make_pairs(windows: pipeline.Windows, config: ConfigDict, data: ConfigDict) -> Pairs:
@@ -60,7 +62,7 @@ def make_pairs(windows: pipeline.Windows, config: ConfigDict, data: ConfigDict) 
     spans = [tuple(row) for row in tokens.numpy().tolist()]
     if data.delimiters:
         tokens, mask = pipeline.delimit(tokens, mask, pipeline.delimiter_ids(windows.manifest))
-    return Pairs(tokens.numpy(), mask.numpy(), spans)
+    return Pairs(tokens.numpy(), mask.numpy(), spans, record)
 
 
 def ranks(similarity: np.ndarray) -> np.ndarray:

@@ -1,234 +1,31 @@
-"""Weights of Hugging Face models: one table a family, name there ↔ path here, read in both directions; no torch.
+"""Weights of Hugging Face models (`families`), read and written; no torch.
 
-BERT, RoBERTa, DistilBERT, ModernBERT and GPT-2 (`model_type` of config.json). What a family has beyond this encoder and always
-adds (the embedding of token type 0, RoBERTa's offset of positions) is folded into the tables of embeddings.
+What a family has beyond this encoder and always adds (the embedding of token type 0, RoBERTa's offset of positions) is folded
+into the tables of embeddings.
 """
 
 import json
 import math
 import pathlib
 import re
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import numpy as safetensors
 
+from contrastive_jax.models.families import FAMILIES, Entry, Family, family_of
+
 Params = Any  # nested dict of arrays
 Tensors = dict[str, np.ndarray]
 
-
-class Entry(NamedTuple):
-    """A parameter here and there.
-
-    Attributes:
-      ours: path below the encoder's parameters, "blocks/attention/query/kernel"; below `blocks` one slice a layer.
-      theirs: the tensor's name; {} is the number of the layer.
-      transposed: whether theirs is [out in], as torch.nn.Linear has it; ours are [in out].
-      part: (i, n): ours is part i of n of theirs, along out.
-    """
-
-    ours: str
-    theirs: str
-    transposed: bool = False
-    part: tuple[int, int] = (0, 1)
-
-
-class Family(NamedTuple):
-    """How a family is read.
-
-    Attributes:
-      entries: the table.
-      config: their config.json → values of `config.model`.
-      prefix: what stands before the names where the file is of a model with a head.
-      missing: names that a file may lack, because the model does without (regex).
-    """
-
-    entries: list[Entry]
-    config: Callable[[dict[str, Any]], dict[str, Any]]
-    prefix: str
-    missing: str = "$^"
-
-
-def pairs(ours: str, theirs: str, transposed: bool = False, part: tuple[int, int] = (0, 1), bias: bool = True) -> list[Entry]:
-    """A linear map: kernel and bias."""
-    kernel = Entry(f"{ours}/kernel", f"{theirs}.weight", transposed, part)
-    return [kernel, Entry(f"{ours}/bias", f"{theirs}.bias", False, part)] if bias else [kernel]
-
-
-def norm(ours: str, theirs: str, bias: bool = True) -> list[Entry]:
-    """A layer norm: scale and bias."""
-    scale = Entry(f"{ours}/scale", f"{theirs}.weight")
-    return [scale, Entry(f"{ours}/bias", f"{theirs}.bias")] if bias else [scale]
-
-
-def bert_entries() -> list[Entry]:
-    """BERT's and RoBERTa's."""
-    layer = "encoder.layer.{}."
-    table = [
-        Entry("embedding", "embeddings.word_embeddings.weight"),
-        Entry("position_embedding", "embeddings.position_embeddings.weight"),
-        *norm("embedding_norm", "embeddings.LayerNorm"),
-        *pairs("blocks/attention/out", f"{layer}attention.output.dense", True),
-        *norm("blocks/attention_norm", f"{layer}attention.output.LayerNorm"),
-        *pairs("blocks/mlp/up", f"{layer}intermediate.dense", True),
-        *pairs("blocks/mlp/down", f"{layer}output.dense", True),
-        *norm("blocks/mlp_norm", f"{layer}output.LayerNorm"),
-    ]
-    for name in ("query", "key", "value"):
-        table += pairs(f"blocks/attention/{name}", f"{layer}attention.self.{name}", True)
-    return table
-
-
-def distilbert_entries() -> list[Entry]:
-    """DistilBERT's."""
-    layer = "transformer.layer.{}."
-    table = [
-        Entry("embedding", "embeddings.word_embeddings.weight"),
-        Entry("position_embedding", "embeddings.position_embeddings.weight"),
-        *norm("embedding_norm", "embeddings.LayerNorm"),
-        *norm("blocks/attention_norm", f"{layer}sa_layer_norm"),
-        *pairs("blocks/mlp/up", f"{layer}ffn.lin1", True),
-        *pairs("blocks/mlp/down", f"{layer}ffn.lin2", True),
-        *norm("blocks/mlp_norm", f"{layer}output_layer_norm"),
-    ]
-    for name, theirs in (("query", "q_lin"), ("key", "k_lin"), ("value", "v_lin"), ("out", "out_lin")):
-        table += pairs(f"blocks/attention/{name}", f"{layer}attention.{theirs}", True)
-    return table
-
-
-def gpt2_entries() -> list[Entry]:
-    """GPT-2's: its linear maps are [in out], query, key and value one of them."""
-    table = [
-        Entry("embedding", "wte.weight"),
-        Entry("position_embedding", "wpe.weight"),
-        *norm("blocks/attention_norm", "h.{}.ln_1"),
-        *pairs("blocks/attention/out", "h.{}.attn.c_proj"),
-        *norm("blocks/mlp_norm", "h.{}.ln_2"),
-        *pairs("blocks/mlp/up", "h.{}.mlp.c_fc"),
-        *pairs("blocks/mlp/down", "h.{}.mlp.c_proj"),
-        *norm("final_norm", "ln_f"),
-    ]
-    for number, name in enumerate(("query", "key", "value")):
-        table += pairs(f"blocks/attention/{name}", "h.{}.attn.c_attn", part=(number, 3))
-    return table
-
-
-def modernbert_entries() -> list[Entry]:
-    """ModernBERT's, without biases: query, key and value are one map, gate and up another."""
-    table = [
-        Entry("embedding", "embeddings.tok_embeddings.weight"),
-        *norm("embedding_norm", "embeddings.norm", bias=False),
-        *norm("blocks/attention_norm", "layers.{}.attn_norm", bias=False),
-        *pairs("blocks/attention/out", "layers.{}.attn.Wo", True, bias=False),
-        *norm("blocks/mlp_norm", "layers.{}.mlp_norm", bias=False),
-        *pairs("blocks/mlp/gate", "layers.{}.mlp.Wi", True, (0, 2), bias=False),
-        *pairs("blocks/mlp/up", "layers.{}.mlp.Wi", True, (1, 2), bias=False),
-        *pairs("blocks/mlp/down", "layers.{}.mlp.Wo", True, bias=False),
-        *norm("final_norm", "final_norm", bias=False),
-    ]
-    for number, name in enumerate(("query", "key", "value")):
-        table += pairs(f"blocks/attention/{name}", "layers.{}.attn.Wqkv", True, (number, 3), bias=False)
-    return table
-
-
-GELU = {"gelu": "gelu_exact", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"}
-
-
-def one_of(config: dict[str, Any], key: str, choices: dict[Any, Any], default: Any) -> Any:
-    """What a value of config.json means here.
-
-    Raises:
-      ValueError: this encoder has no such thing.
-    """
-    value = config.get(key, default)
-    if value not in choices:
-        raise ValueError(f"config.json: {key}={value!r}; this encoder knows {', '.join(map(repr, choices))}")
-    return choices[value]
-
-
-def sizes(layers: int, width: int, heads: int, d_ff: int) -> dict[str, Any]:
-    """What all families share."""
-    if width % heads:
-        raise ValueError(f"config.json: a width of {width} does not divide over {heads} heads")
-    plain = dict(position="learned", norm="layernorm", bias=True, causal=False, local_window=0, embedding_dim=0)
-    counts = dict(num_layers=layers, d_model=width, num_heads=heads, num_kv_heads=heads, head_dim=width // heads, d_ff=d_ff)
-    return plain | counts
-
-
-def bert_config(config: dict[str, Any]) -> dict[str, Any]:
-    """BERT's, RoBERTa's."""
-    one_of(config, "position_embedding_type", {"absolute": None}, "absolute")
-    return sizes(
-        config["num_hidden_layers"], config["hidden_size"], config["num_attention_heads"], config["intermediate_size"]
-    ) | dict(
-        norm_position="post",
-        final_norm=False,
-        embedding_norm=True,
-        mlp=one_of(config, "hidden_act", GELU, "gelu"),
-        norm_eps=config.get("layer_norm_eps", 1e-12),
-    )
-
-
-def distilbert_config(config: dict[str, Any]) -> dict[str, Any]:
-    """DistilBERT's."""
-    return sizes(config["n_layers"], config["dim"], config["n_heads"], config["hidden_dim"]) | dict(
-        norm_position="post",
-        final_norm=False,
-        embedding_norm=True,
-        mlp=one_of(config, "activation", GELU, "gelu"),
-        norm_eps=1e-12,
-    )
-
-
-def gpt2_config(config: dict[str, Any]) -> dict[str, Any]:
-    """GPT-2's."""
-    for key, usual in (("scale_attn_by_inverse_layer_idx", False), ("scale_attn_weights", True)):
-        one_of(config, key, {usual: None}, usual)
-    width = config["n_embd"]
-    return sizes(config["n_layer"], width, config["n_head"], config.get("n_inner") or 4 * width) | dict(
-        norm_position="pre",
-        final_norm=True,
-        embedding_norm=False,
-        causal=True,
-        mlp=one_of(config, "activation_function", GELU, "gelu_new"),
-        norm_eps=config.get("layer_norm_epsilon", 1e-5),
-    )
-
-
-def modernbert_config(config: dict[str, Any]) -> dict[str, Any]:
-    """ModernBERT's."""
-    for key in ("attention_bias", "mlp_bias", "norm_bias"):
-        one_of(config, key, {False: None}, False)
-    gelu = one_of(config, "hidden_activation", GELU, "gelu")
-    # Newer files write the bases of the rotary positions by kind of layer.
-    rope = config.get("rope_parameters") or {}
-    return sizes(
-        config["num_hidden_layers"], config["hidden_size"], config["num_attention_heads"], config["intermediate_size"]
-    ) | dict(
-        norm_position="pre",
-        final_norm=True,
-        embedding_norm=True,
-        bias=False,
-        position="rotary",
-        mlp={"gelu_exact": "geglu_exact", "gelu": "geglu"}[gelu],
-        norm_eps=config.get("norm_eps", 1e-5),
-        local_window=config.get("local_attention", 128) // 2,
-        global_every=config.get("global_attn_every_n_layers", 3),
-        rope_theta=float(rope.get("full_attention", {}).get("rope_theta") or config.get("global_rope_theta", 160_000.0)),
-        local_rope_theta=float(rope.get("sliding_attention", {}).get("rope_theta") or config.get("local_rope_theta", 10_000.0)),
-    )
-
-
-FAMILIES = {
-    "bert": Family(bert_entries(), bert_config, "bert."),
-    "roberta": Family(bert_entries(), bert_config, "roberta."),
-    "distilbert": Family(distilbert_entries(), distilbert_config, "distilbert."),
-    "gpt2": Family(gpt2_entries(), gpt2_config, "transformer."),
-    "modernbert": Family(modernbert_entries(), modernbert_config, "model.", missing=r"layers\.0\.attn_norm\.weight"),
-}
 # Of RoBERTa, whose positions count from its padding id + 1.
 OFFSET = {"roberta": 2}
+ARCHITECTURES = {"bert": "BertModel", "gpt2": "GPT2Model", "modernbert": "ModernBertModel", "starcoder2": "Starcoder2Model"}
+IDENTITY = "torch.nn.modules.linear.Identity"
+# Values of `config.model` of a bag of embeddings.
+BAG: dict[str, Any] = dict(
+    num_layers=0, position="none", embedding_norm=False, final_norm=False, embedding_dim=0, pooling="mean"
+)
 
 
 class Imported(NamedTuple):
@@ -299,10 +96,97 @@ def load(folder: pathlib.Path) -> Imported:
     return Imported(name, model, {"transformer": nested(flat)}, length)
 
 
+def load_bag(folder: pathlib.Path) -> Imported:
+    """Reads sentence-transformers' StaticEmbedding: the mean of the embeddings of tokens.
+
+    Raises:
+      ValueError: a tensor is missing.
+    """
+    tensors = read_tensors(folder)
+    if "embedding.weight" not in tensors:
+        raise ValueError(f"hf:{folder}: no tensor 'embedding.weight' in the safetensors")
+    embedding = tensors["embedding.weight"].astype(np.float32)
+    model = BAG | {"d_model": embedding.shape[1]}
+    return Imported("bag", model, {"transformer": {"embedding": embedding}}, None)
+
+
+def load_projection(folder: pathlib.Path) -> Params:
+    """Reads sentence-transformers' Dense: kernel [d e] and, where it has one, bias [e].
+
+    Raises:
+      ValueError: it is not linear.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    if not config.get("activation_function", "Tanh").endswith("Identity") or config.get("use_residual"):
+        raise ValueError(
+            f"{folder}/config.json: a projection with {config.get('activation_function')}; this encoder's is linear"
+        )
+    tensors = read_tensors(folder)
+    found = {"kernel": tensors["linear.weight"].T.astype(np.float32)}
+    return found | ({"bias": tensors["linear.bias"].astype(np.float32)} if config.get("bias", True) else {})
+
+
+def save(folder: pathlib.Path, params: Params, model: dict[str, Any], length: int, pad: int) -> str:
+    """Writes config.json and model.safetensors of the family that the encoder belongs to, and returns its name.
+
+    Args:
+      folder: is there.
+      params: of the encoder, float32; a projection is no part of it.
+      model: `config.model`.
+      length: of the longest row.
+      pad: id of the padding.
+
+    Raises:
+      ValueError: it belongs to none.
+    """
+    name, config = family_of(model)
+    tensors = theirs(name, params, model)
+    if name == "bert":
+        tensors["embeddings.token_type_embeddings.weight"] = np.zeros((1, model["d_model"]), np.float32)
+    config |= {
+        "architectures": [ARCHITECTURES[name]],
+        "vocab_size": len(params["transformer"]["embedding"]),
+        "n_positions" if name == "gpt2" else "max_position_embeddings": length,
+        "pad_token_id": pad,
+        "dtype": "float32",
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), None),
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    safetensors.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return name
+
+
+def save_bag(folder: pathlib.Path, params: Params, model: dict[str, Any]) -> None:
+    """Writes a bag of embeddings as sentence-transformers' StaticEmbedding.
+
+    Raises:
+      ValueError: the encoder is more than that.
+    """
+    wrong = [key for key, value in BAG.items() if model[key] != value and key != "embedding_dim"]  # a module of its own
+    if wrong:
+        wanted = ", ".join(f"{key}={BAG[key]!r} (is {model[key]!r})" for key in wrong)
+        raise ValueError(f"config.model: no layers, but no plain bag of embeddings either; that has {wanted}")
+    tensors = {"embedding.weight": np.ascontiguousarray(params["transformer"]["embedding"])}
+    safetensors.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def save_projection(folder: pathlib.Path, projection: Params) -> None:
+    """Writes a projection {kernel [d e], bias [e]} as sentence-transformers' Dense."""
+    kernel, bias = np.asarray(projection["kernel"]), projection.get("bias")
+    width, dim = kernel.shape
+    config = {"in_features": width, "out_features": dim, "bias": bias is not None, "activation_function": IDENTITY}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tensors = {"linear.weight": np.ascontiguousarray(kernel.T)}
+    if bias is not None:
+        tensors["linear.bias"] = np.asarray(bias)
+    safetensors.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
 def shape_of(path: str, model: dict[str, Any]) -> tuple[int, ...] | None:
     """The shape of one layer's parameter where ours has more axes than theirs; None: it is the same."""
     heads, width, d = model["num_heads"], model["head_dim"], model["d_model"]
-    if re.search(r"attention/(query|key|value)/", path):
+    if found := re.search(r"attention/(query|key|value)/", path):
+        heads = heads if found[1] == "query" else model["num_kv_heads"]
         return (d, heads, width) if path.endswith("kernel") else (heads, width)
     return (heads, width, d) if path.endswith("attention/out/kernel") else None
 
@@ -334,13 +218,14 @@ def theirs(family_name: str, params: Params, model: dict[str, Any]) -> Tensors:
     flat, parts = flattened(params["transformer"]), dict[str, dict[int, np.ndarray]]()
     family = FAMILIES[family_name]
     for entry in family.entries:
-        value = flat[entry.ours]
+        value = flat[entry.ours] if entry.ours in flat else no_bias(flat, entry.ours)
         layers = range(model["num_layers"]) if "{}" in entry.theirs else [None]
         for layer in layers:
             x = value if layer is None else value[layer]
             if shape_of(entry.ours, model) is not None:
-                last = model["d_model"] if "/out/" in entry.ours else model["num_heads"] * model["head_dim"]
-                x = x.reshape(-1) if entry.ours.endswith("bias") else x.reshape(-1, last)
+                d = model["d_model"]
+                matrix = (-1, d) if "/out/" in entry.ours else (d, -1)
+                x = x.reshape(-1 if entry.ours.endswith("bias") else matrix)
             name = entry.theirs if layer is None else entry.theirs.format(layer)
             if not re.fullmatch(family.missing, name):
                 parts.setdefault(name, {})[entry.part[0]] = x.T if entry.transposed else x
@@ -350,6 +235,17 @@ def theirs(family_name: str, params: Params, model: dict[str, Any]) -> Tensors:
         name: np.ascontiguousarray(np.concatenate([found[i] for i in sorted(found)], axis=axis[name]))
         for name, found in parts.items()
     }
+
+
+def no_bias(flat: dict[str, np.ndarray], path: str) -> np.ndarray:
+    """Zeros for a bias that is not there."""
+    beside, _, name = path.rpartition("/")
+    if name != "bias":
+        raise KeyError(path)
+    if f"{beside}/scale" in flat:
+        return np.zeros_like(flat[f"{beside}/scale"])
+    layers, *shape = flat[f"{beside}/kernel"].shape
+    return np.zeros((layers, *shape[2 if beside.endswith("/out") else 1 :]), np.float32)
 
 
 def nested(flat: dict[str, np.ndarray]) -> Params:
