@@ -1,6 +1,7 @@
 """What the commands share: errors of the user as one line and exit status 2, flags, the config."""
 
 import contextlib
+import functools
 import json
 import logging as std_logging
 import math
@@ -96,8 +97,8 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def parse(argv: list[str]) -> list[str]:
-    """Parses the flags; a wrong one is named in one line, exit status 2."""
+def parse(argv: list[str], positional: bool = False) -> list[str]:
+    """Parses the flags; a wrong one is named in one line, exit status 2. Returns what is left, if the command takes it."""
     try:
         rest = flags.FLAGS(argv)
         if "config" in flags.FLAGS:
@@ -109,17 +110,18 @@ def parse(argv: list[str]) -> list[str]:
         fail(message)
     except (flags.Error, ValueError, TypeError, OSError) as error:
         fail(str(error))
-    if rest[1:]:
+    if rest[1:] and not positional:
         fail(f"unexpected argument {rest[1]!r}; flags are given as --name=value")
     return rest
 
 
-def run(main: Callable[[list[str]], None], config: str | None = None) -> None:
+def run(main: Callable[[list[str]], None], config: str | None = None, positional: bool = False) -> None:
     """Runs a command: parses its flags, refuses what it does not know, logs at level INFO.
 
     Args:
       main: takes what is left of the command line.
       config: for a command with `define_config`: the recipe where none is given.
+      positional: whether the command takes arguments beside flags.
     """
     if config:
         sys.argv[:] = arrange(sys.argv, config)
@@ -129,7 +131,7 @@ def run(main: Callable[[list[str]], None], config: str | None = None) -> None:
     logging.get_absl_handler().addFilter(
         lambda record: record.levelno >= std_logging.WARNING or record.pathname.startswith(ours)
     )
-    app.run(main, flags_parser=parse)
+    app.run(main, flags_parser=functools.partial(parse, positional=positional))
 
 
 def to_json(config: ConfigDict) -> str:

@@ -1,148 +1,236 @@
 """Evaluates an encoder: `python -m contrastive_jax.evaluate --model=runs/debug --tasks=query_key`.
 
-The model is the workdir of a run (its newest checkpoint; DIR@STEP: that one) or a Hugging Face or sentence-transformers
-folder (hf:FOLDER). Tasks: query_key (held-out spans of a prepared dataset, the run's own where --data names none), sts (a
-folder of .tsv: score, text, text), retrieval (a BEIR folder), probe, knn and zero_shot (a folder of .jsonl with text and
-label). Results are printed and written, with the protocol that decided them, to WORKDIR/TASK.json or to --json.
+The model is the workdir of a run (its newest checkpoint; DIR@STEP: that one), an exported folder, or a Hugging Face or
+sentence-transformers folder (hf:FOLDER). Each task has its --data, in the order of --tasks (or one for all):
+
+query_key             held-out spans of a prepared dataset, by default the run's own
+sts                   a folder of .tsv: score, text, text
+retrieval             a BEIR folder: corpus.jsonl, queries.jsonl, qrels/test.tsv
+probe knn zero_shot   a folder of .jsonl with text and label, a SentEval task's folder, or tfds:NAME
+
+Results are printed and written, with the protocol that decided them, to WORKDIR/TASK-DATA.json or to --json. Two of them side
+by side: `--compare A.json B.json`. Vectors of texts are kept in --cache, by model and text.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable
+import os
+import pathlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from absl import flags, logging
 from etils import epath
 
-from contrastive_jax import cli, nearest, processes, text_model
-from contrastive_jax.data import pipeline, tokenizer
-from contrastive_jax.evals import classify, query_key, retrieval, sts
+from contrastive_jax import cli, nearest, processes, results, text_model
+from contrastive_jax.data import pipeline
+from contrastive_jax.evals import baselines, cache, classify, query_key, retrieval, sts
+from contrastive_jax.results import Rows
 
-MODEL = flags.DEFINE_string("model", None, "A workdir, DIR@STEP, or hf:FOLDER.", required=True)
+CACHE_HOME = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+
+MODEL = flags.DEFINE_string("model", None, "A workdir, DIR@STEP, an exported folder, or hf:FOLDER.")
 TASKS = flags.DEFINE_list("tasks", ["query_key"], "What to run: query_key, sts, retrieval, probe, knn, zero_shot.")
-DATA = flags.DEFINE_string("data", None, "Folder of the task's data.")
-JSON = flags.DEFINE_string("json", None, "Where the results go; by default WORKDIR/TASK.json.")
+DATA = flags.DEFINE_list("data", [], "Data of each task, or of all.")
+JSON = flags.DEFINE_string("json", None, "Where the results go; by default WORKDIR/TASK-DATA.json.")
 PAIRS = flags.DEFINE_integer("pairs", None, "Pairs of the query-key test; as in training by default.", lower_bound=1)
 SPAN = flags.DEFINE_integer("span", None, "Tokens of a span of the query-key test; as in training by default.", lower_bound=1)
-BASELINES = flags.DEFINE_bool("baselines", False, "Score TF-IDF and BM25 on the query-key pairs too.")
+BASELINES = flags.DEFINE_bool("baselines", False, "Score chance, TF-IDF, BM25 and the untrained encoder on the same data too.")
+CACHE = flags.DEFINE_string("cache", f"{CACHE_HOME}/contrastive_jax/vectors.sqlite", "Vectors of texts; empty: none are kept.")
+COMPARE = flags.DEFINE_string("compare", None, "A.json B.json: prints results side by side, and evaluates nothing.")
+ANY_PROTOCOL = flags.DEFINE_bool("any_protocol", False, "--compare results although they were measured differently.")
 
-Results = dict[str, Any]  # row → figures, as fractions
+Encode = Callable[[Sequence[str], int], np.ndarray]
 
 
-def run_query_key(model: text_model.TextModel) -> tuple[Results, dict[str, Any]]:
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """An evaluation of frozen vectors.
+
+    Attributes:
+      score: (encode, data) → rows; encode maps texts and view to vectors.
+      texts: data → all its texts, on which TF-IDF is fitted.
+      baselines: those that need more than vectors, data → rows each, by name.
+      protocol: what decides its figures beside model and data.
+      files: of the data, hashed for the protocol.
+    """
+
+    score: Callable[[Any, Any], Rows]
+    texts: Callable[[Any], list[str]]
+    baselines: dict[str, Callable[[Any], Rows]]
+    protocol: dict[str, Any]
+    files: tuple[str, ...]
+
+
+def score_sts(encode: Encode, data: epath.Path) -> Rows:
+    """Correlation with people's scores."""
+    return sts.evaluate(sts.cosines(lambda texts: encode(texts, 0)), data)
+
+
+def score_retrieval(encode: Encode, data: epath.Path) -> Rows:
+    """Exact search over a BEIR folder."""
+    return retrieval.evaluate(encode, data, nearest.merge)
+
+
+def retrieval_tfidf(data: epath.Path) -> Rows:
+    """TF-IDF vectors are sparse: products with the whole corpus at once."""
+    documents = retrieval.texts(data)
+    encode = baselines.tfidf(documents)
+    corpus = encode(documents)
+    return retrieval.evaluate_scores(lambda queries: baselines.products(encode(queries), corpus), data)
+
+
+def retrieval_bm25(data: epath.Path) -> Rows:
+    """BM25 over the whole corpus."""
+    return retrieval.evaluate_scores(baselines.Bm25(retrieval.texts(data)).scores, data)
+
+
+def score_classify(task: str, encode: Encode, data: epath.Path | str) -> Rows:
+    """A probe, nearest neighbours or the nearest label."""
+    return classify.evaluate(lambda texts: encode(texts, 0), data, (task,))
+
+
+def classifier(task: str, **protocol: Any) -> Task:
+    """A task on labelled texts."""
+    return Task(functools.partial(score_classify, task), classify.texts, {}, protocol, ("*",))
+
+
+TASK_OF = {
+    "sts": Task(
+        score_sts,
+        sts.texts,
+        {"BM25": functools.partial(sts.evaluate, sts.bm25)},
+        {"similarity": "cosine", "ties": "mean rank", "aggregation": "all: one list; mean: of the files' figures"},
+        ("*.tsv",),
+    ),
+    "retrieval": Task(
+        score_retrieval,
+        retrieval.texts,
+        {"TF-IDF": retrieval_tfidf, "BM25": retrieval_bm25},
+        {"similarity": "cosine", "document": "title and text", "gain": "linear"},
+        ("*.jsonl", "qrels/test.tsv"),
+    ),
+    "probe": classifier(
+        "probe",
+        folds=classify.FOLDS,
+        strengths=classify.STRENGTHS,
+        chosen_on="the part to tune on, or a tenth of the training part",
+    ),
+    "knn": classifier("knn", folds=classify.FOLDS, k=classify.NEIGHBOURS, vote="majority"),
+    "zero_shot": classifier("zero_shot", labels="labels.json or their names"),
+}
+
+
+def run_query_key(model: text_model.TextModel, data: str) -> tuple[Rows, dict[str, Any]]:
     """Chance, the untrained encoder, the trained one, and the baselines asked for."""
     if model.config is None or model.untrained is None:
         raise ValueError(f"--tasks=query_key: {MODEL.value} is no run of ours; its spans are tokens of the run's own tokenizer")
     config = model.config
-    config.data.dir = DATA.value or config.data.dir
+    config.data.dir = data or config.data.dir
     config.eval.pairs = PAIRS.value or config.eval.pairs
     config.eval.span = SPAN.value or config.eval.span
     windows = pipeline.open_split(config.data.dir, "validation")
     pairs = query_key.make_pairs(windows, config.eval, config.data)
-    rows = {"chance": query_key.chance(len(pairs.spans))}
+    rows: Rows = {"chance": query_key.chance(len(pairs.spans))}
     if BASELINES.value:
-        rows |= query_key.baselines(pairs, tokenizer.load(config.data.dir).decode)
+        rows |= query_key.baselines(pairs, text_model.words_of(epath.Path(model.protocol["model"]), config).decode)
     for name, forward in (("untrained", model.untrained()), (f"step {model.protocol['step']}", model.forward)):
         rows[name] = query_key.evaluate(forward, pairs, config.eval.batch_size)
     print(query_key.table(rows))
     return rows, {"data": windows.manifest["content_hash"], "split": "validation", **config.eval.to_dict()}
 
 
-def run_sts(model: text_model.TextModel) -> tuple[Results, dict[str, Any]]:
-    """Correlation with people's scores."""
-    data = data_folder("sts")
-    rows = sts.evaluate(model.encode, data)
-    print_table("sts, × 100", rows)
-    return rows, {"data": hash_of_files(data, "*.tsv"), "similarity": "cosine", "ties": "mean rank"}
-
-
-def run_retrieval(model: text_model.TextModel) -> tuple[Results, dict[str, Any]]:
-    """Exact search over a BEIR folder."""
-    data = data_folder("retrieval")
-    rows = retrieval.evaluate(model.encode, data, nearest.merge)
-    print_table("retrieval, × 100", rows)
-    files = {"data": hash_of_files(data, "*.jsonl") + hash_of_files(data, "qrels/test.tsv")}
-    return rows, files | {"similarity": "cosine", "document": "title and text", "gain": "linear"}
-
-
-def run_classify(task: str, model: text_model.TextModel) -> tuple[Results, dict[str, Any]]:
-    """A probe, nearest neighbours or the nearest label, on frozen embeddings."""
-    data = data_folder(task)
-    rows = classify.evaluate(model.encode, data, (task,))
-    print_table(f"{task}, × 100", rows)
-    how: dict[str, dict[str, Any]] = {
-        "probe": {"folds": classify.FOLDS, "strengths": classify.STRENGTHS, "chosen_on": "a tenth of the training part"},
-        "knn": {"folds": classify.FOLDS, "k": classify.NEIGHBOURS, "vote": "majority"},
-        "zero_shot": {"labels": "labels.json or their names"},
-    }
-    return rows, {"data": hash_of_files(data, "*.json*")} | how[task]
-
-
-TASK_OF: dict[str, Callable[[text_model.TextModel], tuple[Results, dict[str, Any]]]] = {
-    "query_key": run_query_key,
-    "sts": run_sts,
-    "retrieval": run_retrieval,
-    **{task: functools.partial(run_classify, task) for task in ("probe", "knn", "zero_shot")},
-}
-
-
-def data_folder(task: str) -> epath.Path:
-    """The folder of a task that needs one.
+def run(name: str, model: text_model.TextModel, data: str) -> tuple[Rows, dict[str, Any]]:
+    """Scores the model, and the baselines asked for, by a task; their rows are called "BASELINE: ROW".
 
     Raises:
-      ValueError: none is given, or it is not there.
+      ValueError: the data are not as they should be.
     """
-    if not DATA.value or not epath.Path(DATA.value).is_dir():
-        raise ValueError(f"--data={DATA.value or ''}: --tasks={task} needs the folder of its data")
-    return epath.Path(DATA.value)
+    task = TASK_OF[name]
+    place: epath.Path | str = data
+    if not data.startswith("tfds:") or name not in ("probe", "knn", "zero_shot"):
+        place = epath.Path(data).expanduser()
+        if not data or not place.is_dir():
+            raise ValueError(f"--data={data}: --tasks={name} needs the folder of its data")
+    rows = dict(task.score(model.encode if not CACHE.value else from_cache(model), place))
+    others: dict[str, Callable[[], Rows]] = {}
+    if BASELINES.value:
+        others["chance"] = lambda: task.score(lambda texts, view: baselines.chance(texts), place)
+        if "TF-IDF" not in task.baselines:
+            fitted = baselines.tfidf(task.texts(place))
+            others["TF-IDF"] = lambda: task.score(lambda texts, view: fitted(texts), place)
+        others |= {name: functools.partial(score, place) for name, score in task.baselines.items()}
+        if model.untrained is not None:
+            fresh = model._replace(forward=model.untrained())
+            others["untrained"] = lambda: task.score(fresh.encode, place)
+    for other, score in others.items():
+        logging.info("%s: %s", name, other)
+        rows |= {f"{other}: {row}": figures for row, figures in score().items()}
+    print(results.table(f"{name} {data}, × 100", rows))
+    told = {"data": hash_of_files(place, task.files) if isinstance(place, epath.Path) else data}
+    return rows, told | task.protocol
 
 
-def hash_of_files(folder: epath.Path, pattern: str) -> str:
+def from_cache(model: text_model.TextModel) -> Encode:
+    """The model's `encode`, whose vectors are kept by all that decides them."""
+    path = pathlib.Path(CACHE.value).expanduser()
+    # The folder's name decides nothing; the tokenizer is not part of the protocol.
+    known = {key: value for key, value in model.protocol.items() if key not in ("model", "step")}
+    known["tokens"] = model.tokenize(["A tokenizer's fingerprint: Zwölf Boxkämpfer, 0123456789\n\t(x)"], 0)
+    return lambda texts, view: cache.cached(path, json.dumps(known | {"view": view}), lambda new: model.encode(new, view))(
+        texts
+    )
+
+
+def result_path(model: str, task: str, data: str) -> epath.Path | None:
+    """Where a result goes: to --json, or beside the model if that is a folder of ours."""
+    if JSON.value:
+        return epath.Path(JSON.value)
+    folder = epath.Path(model.rpartition("@")[0] or model).expanduser()
+    name = f"{task}-{epath.Path(data).name.replace(':', '-')}" if data and task != "query_key" else task
+    return folder / f"{name}.json" if (folder / "config.json").exists() else None
+
+
+def hash_of_files(folder: epath.Path, patterns: Sequence[str]) -> str:
     """sha256 of the files of a folder and their names, its first half."""
     found = hashlib.sha256()
-    for path in sorted(folder.glob(pattern)):
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern) if not path.is_dir()}):
         found.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     return found.hexdigest()[:32]
 
 
-def print_table(title: str, rows: dict[str, dict[str, float]]) -> None:
-    """Rows of fractions as percentages."""
-    columns = list(next(iter(rows.values())))
-    print(f"{title:<24}" + "".join(f"{name:>12}" for name in columns))
-    for name, found in rows.items():
-        print(f"{name:<24}" + "".join(f"{100 * found[column]:>12.2f}" for column in columns))
-
-
-def write(task: str, rows: Results, protocol: dict[str, Any]) -> None:
-    """The results with their protocol and its hash: figures of two protocols are not the same measure."""
-    folder = epath.Path(MODEL.value.rpartition("@")[0] or MODEL.value).expanduser()
-    if not JSON.value and not (folder / "config.json").exists():
-        return
-    path = epath.Path(JSON.value) if JSON.value else folder / f"{task}.json"
-    # What identifies the model is no part of how it was measured.
-    how = {key: value for key, value in protocol.items() if key not in ("model", "step", "parameters", "code")}
-    stamp = hashlib.sha256(json.dumps(how, sort_keys=True).encode()).hexdigest()[:16]
-    result = {"task": task, "protocol": protocol, "protocol_hash": stamp, "results": rows}
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    logging.info("written to %s", path)
-
-
 def main(argv: list[str]) -> None:
     """The command."""
-    del argv
-    for task in TASKS.value:
-        if task not in TASK_OF:
-            cli.fail(f"--tasks={task}: choose one of {', '.join(TASK_OF)}")
-    if JSON.value and len(TASKS.value) > 1:
-        cli.fail(f"--json={JSON.value}: one file holds one task; give one of --tasks={','.join(TASKS.value)}")
-    processes.enable_compilation_cache()
     with cli.user_errors():
-        model = text_model.open_model(MODEL.value)
+        if COMPARE.value:
+            found = [results.read(epath.Path(path), path) for path in (*COMPARE.value.split(","), *argv[1:])]
+            print(results.compare(found, ANY_PROTOCOL.value))
+            return
+        if argv[1:]:
+            raise ValueError(f"unexpected argument {argv[1]!r}; flags are given as --name=value")
+        if not MODEL.value:
+            raise ValueError("--model: give a workdir, DIR@STEP, an exported folder, or hf:FOLDER")
         for task in TASKS.value:
-            rows, protocol = TASK_OF[task](model)
-            write(task, rows, model.protocol | protocol)
+            if task not in TASK_OF and task != "query_key":
+                raise ValueError(f"--tasks={task}: choose one of query_key, {', '.join(TASK_OF)}")
+        if JSON.value and len(TASKS.value) > 1:
+            raise ValueError(f"--json={JSON.value}: one file holds one task; give one of --tasks={','.join(TASKS.value)}")
+        if len(DATA.value) not in (0, 1, len(TASKS.value)):
+            raise ValueError(
+                f"--data names {len(DATA.value)} folders, --tasks {len(TASKS.value)} tasks; give one for each or for all"
+            )
+        processes.enable_compilation_cache()
+        model = text_model.open_model(MODEL.value)
+        places = DATA.value if len(DATA.value) == len(TASKS.value) else (DATA.value or [""]) * len(TASKS.value)
+        for task, data in zip(TASKS.value, places, strict=True):
+            rows, protocol = run_query_key(model, data) if task == "query_key" else run(task, model, data)
+            if path := result_path(MODEL.value, task, data):
+                results.write(path, task, rows, model.protocol | protocol)
+                logging.info("written to %s", path)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, positional=True)

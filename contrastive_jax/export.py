@@ -165,8 +165,8 @@ tags: [sentence-transformers, feature-extraction, contrastive_jax]
 # {pathlib.PurePath(model.protocol["model"]).name}
 
 A text encoder, trained from raw documents: neighbouring spans of a document are positive pairs, all other spans of a batch
-of {config.data.batch_size} negatives (`{config.objective.name}`). {kind}, {size:,} parameters, vectors of {dim} numbers at unit length,
-texts of at most {config.data.length} tokens, pooling `{of_models.pooling}`.
+of {config.data.batch_size} negatives (`{config.objective.name}`). {kind}, {size:,} parameters, vectors of {dim} numbers at
+unit length, texts of at most {config.data.length} tokens, pooling `{of_models.pooling}`.
 
 ```python
 from sentence_transformers import SentenceTransformer

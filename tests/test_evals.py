@@ -37,12 +37,12 @@ def test_correlations_by_hand(tmp_path: pathlib.Path) -> None:
     for name, score in (("a", 1.0), ("b", 2.0)):
         (tmp_path / f"{name}.tsv").write_text("".join(f"{score * i}\t{i}\t{i * i}\n" for i in range(1, 5)))
     vectors = {str(i): [np.cos(i / 9), np.sin(i / 9)] for i in range(20)}
-    results = sts.evaluate(lambda texts: np.array([vectors[text] for text in texts]), epath.Path(tmp_path))
+    results = sts.evaluate(sts.cosines(lambda texts: np.array([vectors[text] for text in texts])), epath.Path(tmp_path))
     assert results.keys() == {"a", "b", "all", "mean"}
     assert results["mean"]["pearson"] == pytest.approx((results["a"]["pearson"] + results["b"]["pearson"]) / 2)
     (tmp_path / "0.tsv").write_text("1\tone\ttwo\n2 three four\n")
     with pytest.raises(ValueError, match=r"0.tsv:2: not score, text, text"):
-        sts.evaluate(lambda texts: np.zeros((len(texts), 2)), epath.Path(tmp_path))
+        sts.evaluate(sts.cosines(lambda texts: np.zeros((len(texts), 2))), epath.Path(tmp_path))
 
 
 def test_measures_by_hand() -> None:
@@ -120,7 +120,7 @@ def test_the_given_split_is_taken_and_labels_have_texts(tmp_path: pathlib.Path) 
     labelled(tmp_path, "test", ["a"] * 5 + ["b"] * 10)
     (tmp_path / "labels.json").write_text(json.dumps({"a": "b", "b": "a", "prompt": "{} text"}))
     found = classify.read(epath.Path(tmp_path))
-    assert [len(part) for part in found.splits[0]] == [50, 15]
+    assert [len(part) for part in found.splits[0]] == [50, 0, 15]
     rows = classify.evaluate(by_label(0.01), epath.Path(tmp_path), ("probe", "knn", "zero_shot"))
     assert rows["probe"]["accuracy"] == 1.0
     assert rows["knn"]["accuracy"] == pytest.approx(5 / 15)  # all 50 vote: "a" has 30
@@ -129,7 +129,7 @@ def test_the_given_split_is_taken_and_labels_have_texts(tmp_path: pathlib.Path) 
     with pytest.raises(ValueError, match=r"test.jsonl:2: text is not a string"):
         classify.read(epath.Path(tmp_path))
     (tmp_path / "test.jsonl").unlink()
-    with pytest.raises(ValueError, match="neither train.jsonl and test.jsonl nor all.jsonl there"):
+    with pytest.raises(ValueError, match=r"neither train.jsonl and test.jsonl, nor all.jsonl, nor"):
         classify.read(epath.Path(tmp_path))
     labelled(tmp_path, "all", ["a"] * 30 + ["b"] * 3)
     with pytest.raises(ValueError, match="10 folds need two labels or more, each 10 times"):

@@ -50,6 +50,6 @@ def test_imports_run_one_way(part: str) -> None:
 
 
 def test_nothing_imports_a_command() -> None:
-    commands = {f"contrastive_jax.{name}" for name in ("train", "evaluate", "prepare", "plan", "encode")}
+    commands = {f"contrastive_jax.{name}" for name in ("train", "evaluate", "prepare", "plan", "encode", "export", "report")}
     for path in PACKAGE.rglob("*.py"):
         assert not imports(path) & commands, path

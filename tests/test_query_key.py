@@ -59,7 +59,7 @@ def test_baselines_find_shared_words() -> None:
     rng = np.random.default_rng(0)
     words = [f"term{i}" for i in range(500)]
     spans = [tuple(tuple(rng.permutation(rare)) for _ in range(2)) for rare in rng.integers(0, 500, (30, 6))]
-    pairs = query_key.Pairs(np.zeros(0), np.zeros(0), spans)
+    pairs = query_key.Pairs(np.zeros(0), np.zeros(0), spans, np.zeros(0))
     scores = query_key.baselines(pairs, lambda ids: " ".join(words[i] for i in ids))
     assert set(scores) == {"TF-IDF", "BM25"}
     for row in scores.values():

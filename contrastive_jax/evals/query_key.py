@@ -100,21 +100,13 @@ def evaluate(forward: embed_lib.Forward, pairs: Pairs, batch_size: int) -> dict[
 
 
 def baselines(pairs: Pairs, decode: Callable[[list[int]], str]) -> dict[str, dict[str, dict[str, float]]]:
-    """TF-IDF (scikit-learn) and BM25 (bm25s) on the text of the same pairs, their defaults, fitted on these texts."""
-    import bm25s
-    from sklearn.feature_extraction.text import TfidfVectorizer
+    """TF-IDF and BM25 on the text of the same pairs, fitted on these texts."""
+    from contrastive_jax.evals import baselines as others  # not in training: it takes a second to import
 
     queries, keys = ([decode(list(pair[view])) for pair in pairs.spans] for view in (0, 1))
-    vectorizer = TfidfVectorizer().fit(queries + keys)
-    tfidf = (vectorizer.transform(queries) @ vectorizer.transform(keys).T).toarray()
-
-    def bm25(documents: list[str], wanted: list[str]) -> np.ndarray:
-        index = bm25s.BM25()
-        index.index(bm25s.tokenize(documents, show_progress=False), show_progress=False)
-        words = bm25s.tokenize(wanted, return_ids=False, show_progress=False)
-        return np.stack([index.get_scores(row) if row else np.zeros(len(documents)) for row in words])
-
-    forward, backward = score(bm25(keys, queries)), score(bm25(queries, keys))
+    encode = others.tfidf(queries + keys)
+    tfidf = others.products(encode(queries), encode(keys))
+    forward, backward = score(others.Bm25(keys).scores(queries)), score(others.Bm25(queries).scores(keys))
     both = {"query_to_key": forward["query_to_key"], "key_to_query": backward["query_to_key"]}
     mean = {name: float(np.mean([scores[name] for scores in both.values()])) for name in both["query_to_key"]}
     return {"TF-IDF": score(tfidf), "BM25": both | {"mean": mean}}

@@ -104,6 +104,28 @@ def measures(ranked: list[str], grades: dict[str, float]) -> dict[str, float]:
     return {"ndcg@10": gain / ideal, "mrr@10": first} | recall
 
 
+def texts(data: epath.Path) -> list[str]:
+    """All documents of the corpus."""
+    return [text for _, block in documents(data) for text in block]
+
+
+def evaluate_scores(score: Callable[[list[str]], np.ndarray], data: epath.Path) -> dict[str, dict[str, float]]:
+    """Scores what gives float[q n] of all documents for some queries: a baseline, whose corpus is in memory."""
+    judged = read_queries(data)
+    names = [name for ids, _ in documents(data) for name in ids]
+    ranked = []
+    for start in range(0, len(judged.texts), 64):
+        order = np.argsort(-score(judged.texts[start : start + 64]), axis=1, kind="stable")[:, :DEPTH]
+        ranked += [[names[place] for place in row] for row in order]
+    return {"test": means(ranked, judged)}
+
+
+def means(ranked: list[list[str]], judged: Judged) -> dict[str, float]:
+    """The means of `measures` over the queries."""
+    found = [measures(row, grades) for row, grades in zip(ranked, judged.relevant, strict=True)]
+    return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
+
+
 def evaluate(encode: Callable[[list[str], int], np.ndarray], data: epath.Path, merge: Merge) -> dict[str, dict[str, float]]:
     """Scores a model on a BEIR folder: means over its queries."""
     judged = read_queries(data)
@@ -116,5 +138,4 @@ def evaluate(encode: Callable[[list[str], int], np.ndarray], data: epath.Path, m
 
     _, places = search(encode(judged.texts, 0), blocks(), DEPTH, merge)
     ranked = [[names[place] for place in row if place >= 0] for row in places]
-    found = [measures(row, grades) for row, grades in zip(ranked, judged.relevant, strict=True)]
-    return {"test": {name: float(np.mean([one[name] for one in found])) for name in found[0]}}
+    return {"test": means(ranked, judged)}

@@ -7,6 +7,10 @@ import numpy as np
 from etils import epath
 from scipy import stats
 
+from contrastive_jax.evals.baselines import Bm25, Encode
+
+Similarity = Callable[[list[str], list[str]], np.ndarray]  # of n texts and their partners → float[n]
+
 
 class Sentences(NamedTuple):
     """Pairs of sentences with the similarity that people gave them."""
@@ -35,16 +39,37 @@ def read(path: epath.Path) -> Sentences:
     return Sentences(np.array(scores), first, second)
 
 
-def correlations(score: np.ndarray, cosine: np.ndarray) -> dict[str, float]:
+def correlations(score: np.ndarray, similarity: np.ndarray) -> dict[str, float]:
     """Spearman's and Pearson's, as fractions; ties have their mean rank."""
     return {
-        "spearman": float(stats.spearmanr(score, cosine).statistic),
-        "pearson": float(stats.pearsonr(score, cosine).statistic),
+        "spearman": float(stats.spearmanr(score, similarity).statistic),
+        "pearson": float(stats.pearsonr(score, similarity).statistic),
     }
 
 
-def evaluate(encode: Callable[[list[str]], np.ndarray], data: epath.Path) -> dict[str, dict[str, float]]:
-    """Scores a model on each .tsv of a folder.
+def cosines(encode: Encode) -> Similarity:
+    """The cosine of two texts' vectors."""
+
+    def similarity(first: list[str], second: list[str]) -> np.ndarray:
+        z = encode([*first, *second])
+        return np.asarray((z[: len(first)] * z[len(first) :]).sum(-1))
+
+    return similarity
+
+
+def bm25(first: list[str], second: list[str]) -> np.ndarray:
+    """BM25 of each text for its partner, among all of a file, the mean of both directions."""
+    both = (Bm25(second).scores(first), Bm25(first).scores(second))
+    return np.mean([np.diagonal(scores) for scores in both], axis=0)
+
+
+def texts(data: epath.Path) -> list[str]:
+    """All texts of a folder."""
+    return [text for file in sorted(data.glob("*.tsv")) for pairs in [read(file)] for text in (*pairs.first, *pairs.second)]
+
+
+def evaluate(similarity: Similarity, data: epath.Path) -> dict[str, dict[str, float]]:
+    """Scores a similarity on each .tsv of a folder.
 
     Returns:
       File → correlations; of several files also "all", of their pairs in one list, and "mean", of the files' figures: the two
@@ -59,11 +84,10 @@ def evaluate(encode: Callable[[list[str]], np.ndarray], data: epath.Path) -> dic
     results, every = {}, []
     for file in files:
         pairs = read(file)
-        z = encode([*pairs.first, *pairs.second])
-        cosine = (z[: len(pairs.score)] * z[len(pairs.score) :]).sum(-1)
-        results[file.stem] = correlations(pairs.score, cosine)
-        every.append((pairs.score, cosine))
+        found = similarity(pairs.first, pairs.second)
+        results[file.stem] = correlations(pairs.score, found)
+        every.append((pairs.score, found))
     if len(files) > 1:
-        mean = {name: float(np.mean([found[name] for found in results.values()])) for name in ("spearman", "pearson")}
+        mean = {name: float(np.mean([row[name] for row in results.values()])) for name in ("spearman", "pearson")}
         results |= {"all": correlations(*map(np.concatenate, zip(*every, strict=True))), "mean": mean}
     return results

@@ -1,0 +1,1 @@
+"""What `report` is made of: what was written, figures, the page."""
