@@ -16,6 +16,10 @@ def get_config() -> ConfigDict:
     config.seed = 0
     # Optimiser steps of the whole run; the schedule ends here.
     config.steps = 1000
+    # Weights to begin with: hf:FOLDER (the families of models/families.py), or WORKDIR[@STEP] of another run; empty: random
+    # ones. Sizes and choices of config.model are then that model's, and the data must have its tokenizer (prepare
+    # --tokenizer=hf:FOLDER).
+    config.init_from = ""
     # A line on the screen, in TensorBoard and in metrics.jsonl every so many steps.
     config.log_every = 20
     # The query-key test on the validation split every so many steps (0: never).

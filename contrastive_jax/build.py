@@ -30,7 +30,7 @@ class Run(NamedTuple):
     Attributes:
       mesh: the mesh.
       shapes: a TrainState of jax.ShapeDtypeStruct with shardings: what a checkpoint restores into.
-      init: () → TrainState, allocated in its shardings.
+      init: (encoder=()) → TrainState, allocated in its shardings; encoder has parameters to begin with (`warm_start`).
       train_step: (state, batch) → (state, metrics, z); donates the state.
       encode: (params, tokens int32[n l], mask bool[n l]) → float32[n e] on the host; host arrays, the same on each process.
       schedule: step → learning rate.
@@ -38,10 +38,17 @@ class Run(NamedTuple):
 
     mesh: Mesh
     shapes: step_lib.TrainState
-    init: Callable[[], step_lib.TrainState]
+    init: Callable[..., step_lib.TrainState]
     train_step: jax.stages.Wrapped
     encode: Callable[[Any, np.ndarray, np.ndarray], np.ndarray]
     schedule: Callable[[Any], Any]
+
+
+def merge(fresh: Any, given: Any) -> Any:
+    """The parameters of `given` in the place of those of `fresh`; where it has fewer rows, or nothing, fresh ones stay."""
+    if isinstance(fresh, dict):
+        return {key: merge(value, given[key]) if key in given else value for key, value in fresh.items()}
+    return given.astype(fresh.dtype) if given.shape == fresh.shape else fresh.at[: len(given)].set(given)
 
 
 def padded_vocab(vocab_size: int) -> int:
@@ -87,8 +94,9 @@ def build(config: ConfigDict, mesh: Mesh, vocab_size: int) -> Run:
             )
         )
 
-    def init() -> step_lib.TrainState:
+    def init(given: Any = ()) -> step_lib.TrainState:
         fresh = init_params()
+        fresh["encoder"] = merge(fresh["encoder"], given or {})
         past = functions.queue.init(fresh["encoder"]) if functions.queue else ()
         return step_lib.TrainState(jnp.int32(0), fresh, optimizer.init(fresh), past)
 

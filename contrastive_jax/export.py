@@ -21,7 +21,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from contrastive_jax import cli, text_model
-from contrastive_jax.data import fast_tokenizer
+from contrastive_jax.data import fast_tokenizer, tokenizer
 from contrastive_jax.evals import embed
 from contrastive_jax.models import hf
 
@@ -61,9 +61,9 @@ def export(model: text_model.TextModel, folder: pathlib.Path, view: str = "both"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        write(model, model.config, partial, view)
+        prompts = write(model, model.config, partial, view)
         if importlib.util.find_spec("sentence_transformers"):
-            check(model, model.config, partial, view)
+            check(model, model.config, partial, view, prompts)
         else:
             logging.info("not checked: sentence-transformers is not installed")
     except BaseException:
@@ -73,24 +73,28 @@ def export(model: text_model.TextModel, folder: pathlib.Path, view: str = "both"
     logging.info("written to %s", folder)
 
 
-def write(model: text_model.TextModel, config: ConfigDict, folder: pathlib.Path, view: str) -> None:
-    """All files of the folder."""
+def write(model: text_model.TextModel, config: ConfigDict, folder: pathlib.Path, view: str) -> dict[str, str]:
+    """All files of the folder; returns the prompts of its views, {} where it needs none."""
     params = jax.tree.map(np.asarray, model.params)
     words = text_model.words_of(epath.Path(model.protocol["model"]), config)
     chosen = {"both": ("x", "y"), "query": ("x",), "document": ("y",)}[view] if config.data.delimiters else ()
-    prompts = fast_tokenizer.PROMPTS if len(chosen) == 2 else {}
+    prompts = fast_tokenizer.PROMPTS if len(chosen) == 2 and isinstance(words, tokenizer.Tokenizer) else {}
     if prompts and config.model.pooling == "eos":
         logging.warning(
             "texts of more than %d tokens will lose the closing delimiter, from which this model's vectors are taken; "
             "cut them before, or export with --view=query or document",
             config.data.length,
         )
-    fast_tokenizer.convert(words, config.data.length, chosen).save(str(folder / "tokenizer.json"))
+    made = fast_tokenizer.convert(words, config.data.length, chosen)
+    made.save(str(folder / "tokenizer.json"))
     modules = []
     if config.model.num_layers:
         hf.save(folder, params, config.model.to_dict(), config.data.length, words.reserved["pad"])
         write_json(folder / "sentence_bert_config.json", {"max_seq_length": config.data.length, "do_lower_case": False})
-        write_json(folder / "tokenizer_config.json", tokenizer_config(config.data.length))
+        write_json(
+            folder / "tokenizer_config.json",
+            tokenizer_config(config.data.length, made.id_to_token(words.reserved["pad"]) or ""),
+        )
         modules += [("Transformer", ""), ("Pooling", "1_Pooling")]
         (folder / "1_Pooling").mkdir()
         write_json(folder / "1_Pooling" / "config.json", pooling_config(config.model))
@@ -113,6 +117,7 @@ def write(model: text_model.TextModel, config: ConfigDict, folder: pathlib.Path,
     settings = {"prompts": prompts, "default_prompt_name": "query" if prompts else None, "similarity_fn_name": "cosine"}
     write_json(folder / "config_sentence_transformers.json", {"model_type": "SentenceTransformer"} | settings)
     (folder / "README.md").write_text(card(model, config, prompts))
+    return prompts
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -120,12 +125,12 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def tokenizer_config(length: int) -> dict[str, Any]:
+def tokenizer_config(length: int, pad: str) -> dict[str, Any]:
     """What transformers wants to know beside tokenizer.json."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": length,
-        "pad_token": fast_tokenizer.NAMES["pad"],
+        "pad_token": pad,
         "padding_side": "right",
         "clean_up_tokenization_spaces": False,
     }
@@ -183,7 +188,7 @@ model = SentenceTransformer("FOLDER")
 """
 
 
-def check(model: text_model.TextModel, config: ConfigDict, folder: pathlib.Path, view: str) -> None:
+def check(model: text_model.TextModel, config: ConfigDict, folder: pathlib.Path, view: str, prompts: dict[str, str]) -> None:
     """Compares the vectors of some texts with those of the folder, loaded by sentence-transformers.
 
     Raises:
@@ -195,13 +200,13 @@ def check(model: text_model.TextModel, config: ConfigDict, folder: pathlib.Path,
     _, encode = text_model.encoder_of(exact, len(model.params["transformer"]["embedding"]), config.data.length)
     forward = text_model.bind(encode, model.params)
     loaded = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
-    two = config.data.delimiters and view == "both"
-    samples = [text for text in SAMPLES if not two or len(model.tokenize([text], 0)[0]) < config.data.length]
+    # With prompts a text that is cut loses its closing delimiter.
+    samples = [text for text in SAMPLES if not prompts or len(model.tokenize([text], 0)[0]) < config.data.length]
     worst = 0.0
     for number, name in enumerate(text_model.VIEWS):
         if view in ("both", name) or not config.data.delimiters:
             ours = embed.embed_ragged(forward, model.tokenize(samples, number), config.data.length)
-            theirs = loaded.encode(samples, prompt_name=name if two else None, show_progress_bar=False)
+            theirs = loaded.encode(samples, prompt_name=name if prompts else None, show_progress_bar=False)
             worst = max(worst, float(np.abs(ours - theirs).max()))
     if worst > TOLERANCE:
         raise ValueError(f"the vectors of the exported model differ by {worst:.1e} from the run's; nothing was written")

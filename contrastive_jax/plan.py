@@ -22,7 +22,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict
 
 from contrastive_jax import build as build_lib
-from contrastive_jax import cli, sharding
+from contrastive_jax import cli, sharding, warm_start
 from contrastive_jax.data import pipeline
 from contrastive_jax.planning import estimate, hardware, program
 
@@ -211,6 +211,7 @@ def main(argv: list[str]) -> None:
         target = hardware.parse(TARGET.value)
         prepare(target, dump)
         vocab_size = VOCAB.value or known_vocab(config.data.dir)
+        config = warm_start.resolve(config)
         result = plan(config, target, vocab_size, dump)
         print(show(result), flush=True)
         others = []

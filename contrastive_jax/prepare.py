@@ -8,7 +8,7 @@ Inputs are Pile-format shards (.jsonl, .jsonl.gz, .jsonl.zst; one {"text": ..., 
 blank lines are passed over). The dataset is built beside its place and renamed when it is whole:
 
     DIR/manifest.json      what is in it: documents, windows, tokens, bytes and rejects, by domain and split
-    DIR/tokenizer.model    SentencePiece; `data.tokenizer.load(DIR)` knows the reserved ids
+    DIR/tokenizer.model    SentencePiece (or tokenizer.json); `data.tokenizer.load(DIR)` knows the reserved ids
     DIR/pile/1.0.0/        a TFDS dataset, for `tfds.builder_from_directory`, splits train and validation
     DIR/index-SPLIT.npz    per record, as the data source orders them: length, document, domain; the names are `domains`
     DIR/rejects.jsonl      bad lines that were passed over, the first 1,000 of each shard
@@ -71,7 +71,9 @@ def define_flags() -> None:
     flags.DEFINE_string("tfds_data_dir", default.tfds_data_dir, "Where TFDS keeps it; default: TFDS's own.")
     flags.DEFINE_string("tfds_feature", default.tfds_feature, "Its text feature; default: 'text', or the only one.")
     flags.DEFINE_bool("python", default.python, "Instead of --input: the text of this Python installation.")
-    flags.DEFINE_string("tokenizer", default.tokenizer, "A SentencePiece .model; default: one is trained.")
+    flags.DEFINE_string(
+        "tokenizer", default.tokenizer, "A SentencePiece .model, a tokenizer.json, or hf:FOLDER; default: one is trained."
+    )
     flags.DEFINE_integer("vocab_size", default.vocab_size, "Ids of the trained tokenizer, the reserved ones included.")
     flags.DEFINE_integer("sample_mb", default.sample_mb, "Text the tokenizer is trained on, in MB.")
     flags.DEFINE_integer("window", default.window, "The most tokens of a record; a longer document gives several.")
@@ -171,11 +173,8 @@ def is_prepared(target: epath.Path, arguments: Arguments, overwrite: bool) -> bo
 def fill(work: epath.Path, arguments: Arguments, beam_flags: list[str], cores: int) -> dict[str, Any]:
     """Makes all files of the dataset in `work`; returns the manifest."""
     shards = find_shards(work, arguments)
-    if arguments.tokenizer:
-        trained = tokenizer.load(arguments.tokenizer)
-    else:
-        trained = train_tokenizer(shards, arguments)
-    (work / tokenizer.MODEL_FILE).write_bytes(trained.model)
+    trained = tokenizer.load(arguments.tokenizer) if arguments.tokenizer else train_tokenizer(shards, arguments)
+    (work / trained.file).write_bytes(trained.model)
     recipe = pile.Recipe(
         shards, arguments.window, trained.vocab_size, arguments.validation_fraction, arguments.on_bad, os.fspath(work)
     )

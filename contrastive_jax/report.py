@@ -131,8 +131,8 @@ def look(run: written.Run, data: str | None) -> Spans:
     if not (folder / "manifest.json").exists():
         raise ValueError(f"{run.path}: its data was not found in {folder}; say where a prepared dataset is: `--data=DIR`")
     model = text_model.open_model(str(run.path))
-    words, own = tokenizer.load(folder), run.path / tokenizer.MODEL_FILE
-    if own.exists() and tokenizer.load(own).sha256 != words.sha256:
+    words = tokenizer.load(folder)
+    if text_model.words_of(run.path, config).sha256 != words.sha256:
         raise ValueError(
             f"{folder}: its tokenizer is not that of {run.path}; give `--data=DIR` of a dataset prepared with that"
         )

@@ -83,13 +83,13 @@ def encoder_of(config: ConfigDict, vocab_size: int, length: int) -> tuple[encode
     return encoder, build.make_encode(encoder.apply, mesh)
 
 
-def words_of(workdir: epath.Path, config: ConfigDict) -> tokenizer.Tokenizer:
+def words_of(workdir: epath.Path, config: ConfigDict) -> tokenizer.Tokenizer | tokenizer.JsonTokenizer:
     """The tokenizer of a run: its own copy, or that of its data.
 
     Raises:
       DataError: neither is there.
     """
-    return tokenizer.load(workdir if (workdir / tokenizer.MODEL_FILE).exists() else config.data.dir)
+    return tokenizer.load(workdir if tokenizer.find(workdir) else config.data.dir)
 
 
 def place(params: Any) -> Any:

@@ -20,7 +20,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from contrastive_jax import build as build_lib
-from contrastive_jax import checkpoint, cli, digest, guard, metrics, processes, sharding
+from contrastive_jax import checkpoint, cli, digest, guard, metrics, processes, sharding, warm_start
 from contrastive_jax import step as step_lib
 from contrastive_jax.data import pipeline, tokenizer
 from contrastive_jax.evals import query_key
@@ -70,6 +70,7 @@ def set_up(config: ConfigDict, workdir: epath.Path, strict: bool = False, other_
         if config[key] < 0:
             raise ValueError(f"config.{key}={config[key]}: must not be negative")
     guard.check(config.guard)
+    config = warm_start.resolve(config)
     manifest = pipeline.load_manifest(config.data.dir)
     processes.check_agreement(config=cli.to_json(config), data=manifest["content_hash"])
     mesh = sharding.make_mesh(config.mesh)
@@ -102,7 +103,7 @@ def restore_or_init(setup: Setup, checkpoints: checkpoint.Checkpoints, last: int
             continue
         logging.info("resuming from %s", checkpoints.directory / str(number))
         return shapes._replace(step=jax.device_put(np.int32(number), shapes.step.sharding), **items)
-    return setup.run.init()
+    return setup.run.init(warm_start.encoder_params(setup.config, setup.manifest, setup.run.mesh))
 
 
 def check_same_batches(setup: Setup, meta: dict[str, Any]) -> None:
@@ -158,8 +159,8 @@ def loop(setup: Setup, stop_at: int, peers: Peers = processes.ALONE, grace_secon
         if jax.process_index() == 0:
             # Only now: a run that was refused must leave the config of the one that is there.
             metrics.write_text(setup.workdir / "config.json", cli.to_json(config))
-            if (words := epath.Path(config.data.dir) / tokenizer.MODEL_FILE).exists():  # a workdir is all that a model needs
-                words.copy(setup.workdir / tokenizer.MODEL_FILE, overwrite=True)
+            if words := tokenizer.find(epath.Path(config.data.dir)):  # a workdir is all that a model needs
+                words.copy(setup.workdir / words.name, overwrite=True)
             writer = stack.enter_context(contextlib.closing(metrics.Writer(setup.workdir, first)))
         reporter = Reporter(config, run, first, writer)
         rows = sharding.rows_of_process(config.data.batch_size, run.mesh)

@@ -31,7 +31,7 @@ MODELS = {
 def words(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("words")
     made = tokenizer.train([f"{TEXT} {i} {TEXT[i:]}" for i in range(60)], 328)
-    (folder / tokenizer.MODEL_FILE).write_bytes(made.model)
+    (folder / tokenizer.Tokenizer.file).write_bytes(made.model)
     return folder
 
 
@@ -58,7 +58,7 @@ def model(
     request: pytest.FixtureRequest, words: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
 ) -> text_model.TextModel:
     folder = tmp_path_factory.mktemp(request.param)
-    (folder / tokenizer.MODEL_FILE).write_bytes((words / tokenizer.MODEL_FILE).read_bytes())
+    (folder / tokenizer.Tokenizer.file).write_bytes((words / tokenizer.Tokenizer.file).read_bytes())
     return make(folder, request.param)
 
 
@@ -103,7 +103,7 @@ def test_others_load_it_without_us(model: text_model.TextModel, tmp_path: pathli
 
 
 def test_what_transformers_lacks_is_named(words: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    (tmp_path / tokenizer.MODEL_FILE).write_bytes((words / tokenizer.MODEL_FILE).read_bytes())
+    (tmp_path / tokenizer.Tokenizer.file).write_bytes((words / tokenizer.Tokenizer.file).read_bytes())
     run = make(tmp_path, "starcoder2", final_norm=False)
     with pytest.raises(ValueError, match=r"starcoder2 with final_norm=True \(is False\)"):
         export.export(run, tmp_path / "out")

@@ -55,7 +55,7 @@ def run(dataset: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> path
     words = [a + b for a in syllables for b in syllables]
     rng = np.random.default_rng(0)
     trained = tokenizer.train([" ".join(rng.choice(words, 100)) for _ in range(50)], VOCAB)
-    (data / tokenizer.MODEL_FILE).write_bytes(trained.model)
+    (data / tokenizer.Tokenizer.file).write_bytes(trained.model)
     with np.load(data / "index-validation.npz") as index:
         np.savez(data / "index-validation.npz", **dict(index) | {"domains": np.array(DOMAINS)})
     config = shrink(recipe("debug"), data)
@@ -204,7 +204,7 @@ def test_the_page_of_a_run(run: pathlib.Path, page: str) -> None:
 def test_two_runs_one_with_the_tokenizer_of_others(run: pathlib.Path, tmp_path: pathlib.Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
-    (copy / tokenizer.MODEL_FILE).write_bytes(tokenizer.train(["a b c d e f g"] * 9, 278).model)
+    (copy / tokenizer.Tokenizer.file).write_bytes(tokenizer.train(["a b c d e f g"] * 9, 278).model)
     page = report.make([str(run), str(copy)])
     for name in SECTIONS:
         assert page.count(f'<section id="{name}-1">') == 1 and f'id="{name}-2"' not in page

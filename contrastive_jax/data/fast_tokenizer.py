@@ -1,13 +1,14 @@
-"""A SentencePiece model of ours as a tokenizer of the `tokenizers` library (tokenizer.json), for those who load an export.
+"""A run's tokenizer as one of the `tokenizers` library (tokenizer.json), for those who load an export.
 
-The same ids, but for pieces of the same score: "=" twenty times may become 16 + 4 here and 4 + 16 there. Beside it, a
-U+2581 in the text, which SentencePiece writes for a space, is read as a space, and where a vocabulary lacks their letters,
-texts like "<0x41>" and "[bos]" are read as those pieces.
+Of a SentencePiece model: the same ids, but for pieces of the same score: "=" twenty times may become 16 + 4 here and 4 + 16
+there. Beside it, a U+2581 in the text, which SentencePiece writes for a space, is read as a space, and where a vocabulary lacks
+their letters, texts like "<0x41>" and "[bos]" are read as those pieces.
 """
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, processors
 
+from contrastive_jax.data.json_tokenizer import JsonTokenizer
 from contrastive_jax.data.tokenizer import LINE_PIECES, RESERVED_PIECES, Tokenizer
 
 # The reserved ids by names that texts do not have: `tokenizers` finds special tokens in a text too.
@@ -16,18 +17,48 @@ PROMPTS = {"query": "query: ", "document": "document: "}
 NEVER = -1000.0  # score of pieces that are not found in a text
 
 
-def convert(words: Tokenizer, length: int, delimiters: tuple[str, ...] = ()) -> tokenizers.Tokenizer:
-    """The tokenizer, which strips a text, cuts it at `length` ids, and wraps it.
+def convert(words: Tokenizer | JsonTokenizer, length: int, delimiters: tuple[str, ...] = ()) -> tokenizers.Tokenizer:
+    """The tokenizer, which cuts a text at `length` ids and wraps it.
 
     Args:
-      words: trained by `tokenizer.train`.
+      words: trained by `tokenizer.train`, or from the ecosystem.
       length: ids, delimiters included.
       delimiters: () for none; ("x", ) or ("y", ): each text is wrapped as that view; ("x", "y"): a text that begins with one of
         PROMPTS as its view. A text that is cut then loses its closing delimiter: `tokenizers` cuts after it has been put.
 
     Raises:
-      ValueError: the SentencePiece model is from elsewhere.
+      ValueError: the SentencePiece model is from elsewhere, or the two views of another tokenizer need their delimiters.
     """
+    made = convert_json(words, delimiters) if isinstance(words, JsonTokenizer) else convert_sentencepiece(words, delimiters)
+    made.enable_truncation(length)
+    return made
+
+
+def convert_json(words: JsonTokenizer, delimiters: tuple[str, ...]) -> tokenizers.Tokenizer:
+    """One that comes from there goes back as it is, with our delimiters where it had none."""
+    made = tokenizers.Tokenizer.from_str(words.model.decode())
+    made.no_padding()
+    if delimiters and words.wrapped:  # [CLS] and [SEP], for both views
+        return made
+    if len(delimiters) > 1:
+        raise ValueError("--view=both: this tokenizer cannot tell the views apart; export with --view=query or --view=document")
+    new = sorted((index, NAMES[name]) for name, index in words.reserved.items() if index >= made.get_vocab_size())
+    made.add_special_tokens([AddedToken(piece, special=True) for _, piece in new])
+    if [made.token_to_id(piece) for _, piece in new] != [index for index, _ in new]:
+        raise ValueError("tokenizer.json: its added ids do not follow its vocabulary")
+    wrap(made, words.reserved, delimiters)
+    return made
+
+
+def wrap(made: tokenizers.Tokenizer, reserved: dict[str, int], delimiters: tuple[str, ...]) -> None:
+    """Puts the delimiters of the view, if there is one, around every text, and nothing else."""
+    ids = [(NAMES[name], reserved[name]) for view in delimiters for name in (f"{view}_open", f"{view}_close")]
+    around = f"{ids[0][0]} $A {ids[1][0]}" if ids else "$A"
+    made.post_processor = processors.TemplateProcessing(single=around, special_tokens=ids)
+
+
+def convert_sentencepiece(words: Tokenizer, delimiters: tuple[str, ...]) -> tokenizers.Tokenizer:
+    """SentencePiece's unigram model with bytes, spaces written as ▁, its rules as those of `tokenizers`."""
     processor = words.processor
     if any(processor.piece_to_id(piece) != index for index, piece in enumerate(RESERVED_PIECES.values())):
         raise ValueError("tokenizer.model is not of `prepare`'s own training; only those are exported")
@@ -53,11 +84,8 @@ def convert(words: Tokenizer, length: int, delimiters: tuple[str, ...] = ()) -> 
     rules += [normalizers.Replace(Regex(r"\A\s+|\s+\z"), "")]
     made.normalizer = normalizers.Sequence([*rules, normalizers.Replace(" ", "▁")])
     if len(delimiters) == 1:
-        names = [f"{delimiters[0]}_open", f"{delimiters[0]}_close"]
-        ids = [(NAMES[name], words.reserved[name]) for name in names]
-        made.post_processor = processors.TemplateProcessing(single=f"{ids[0][0]} $A {ids[1][0]}", special_tokens=ids)
+        wrap(made, words.reserved, delimiters)
     if delimiters:
         special += [piece for name, piece in NAMES.items() if name.endswith(("_open", "_close"))]
     made.add_special_tokens([AddedToken(piece, special=True, normalized=True) for piece in special])
-    made.enable_truncation(length)
     return made

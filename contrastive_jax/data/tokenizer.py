@@ -11,7 +11,7 @@ a bracket in the text must not look like the end of a view.
 
 A model from elsewhere (T5, Llama, ...) keeps its own ids and its own normalisation, so it is as lossless as it was.
 The reserved names it has no control piece for get the ids after its vocabulary; `vocab_size` counts them. The mapping
-is a function of the model alone, so `tokenizer.model` is the only file there is.
+is a function of the model alone, so `tokenizer.model` is the only file there is. (Or `tokenizer.json`: `JsonTokenizer`.)
 """
 
 import hashlib
@@ -22,9 +22,9 @@ from collections.abc import Iterable, Sequence
 import sentencepiece
 from etils import epath
 
+from contrastive_jax.data.json_tokenizer import JsonTokenizer
 from contrastive_jax.data.sources import DataError
 
-MODEL_FILE = "tokenizer.model"
 RESERVED_PIECES = {
     "pad": "<pad>",
     "bos": "<s>",
@@ -48,7 +48,10 @@ class Tokenizer:
       reserved: name -> id for pad, bos, eos, mask, x_open, x_close, y_open, y_close; `encode` never returns one.
       vocab_size: number of ids, reserved ones included.
       sha256: hex digest of `model`.
+      file: its name in a dataset or a workdir.
     """
+
+    file = "tokenizer.model"
 
     def __init__(self, model: bytes):
         self.model = model
@@ -78,21 +81,27 @@ class Tokenizer:
         return self.processor.decode([int(i) for i in ids if i not in self._reserved_set])
 
 
-def load(path: str | os.PathLike[str]) -> Tokenizer:
-    """Loads the tokenizer of a prepared dataset (a directory) or a SentencePiece `.model` file.
+def find(folder: epath.Path) -> epath.Path | None:
+    """The tokenizer's file in a prepared dataset, a workdir or a Hugging Face folder, if there is one."""
+    return next((folder / kind.file for kind in (Tokenizer, JsonTokenizer) if (folder / kind.file).exists()), None)
+
+
+def load(path: str | os.PathLike[str]) -> Tokenizer | JsonTokenizer:
+    """Loads the tokenizer of a folder (see `find`; "hf:FOLDER" is one too), a SentencePiece `.model` or a `tokenizer.json`.
 
     Raises:
-      DataError: nothing is there, or it is no SentencePiece model.
+      DataError: nothing is there, or it is neither.
     """
-    file = epath.Path(path)
+    file = epath.Path(os.fspath(path).removeprefix("hf:")).expanduser()
     if file.is_dir():
-        file /= MODEL_FILE
+        file = find(file) or file / Tokenizer.file
     if not file.exists():
-        raise DataError(f"{file}: no such file; give a SentencePiece .model or a directory made by prepare")
+        raise DataError(f"{file}: no such file; give a SentencePiece .model, a tokenizer.json, or a folder that has one")
+    kind = JsonTokenizer if file.suffix == ".json" else Tokenizer
     try:
-        return Tokenizer(file.read_bytes())
-    except RuntimeError as error:
-        raise DataError(f"{file}: not a SentencePiece model") from error
+        return kind(file.read_bytes())
+    except Exception as error:  # the `tokenizers` library raises no narrower class
+        raise DataError(f"{file}: not a {'tokenizer.json' if kind is JsonTokenizer else 'SentencePiece model'}") from error
 
 
 def train(sample: Iterable[str], vocab_size: int) -> Tokenizer:
