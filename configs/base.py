@@ -27,6 +27,9 @@ def get_config() -> ConfigDict:
     # A checkpoint every so many steps (0: only at the end), of which the newest `keep` stay.
     config.checkpoint_every = 500
     config.keep = 3
+    # The best checkpoint stays too (WORKDIR@best), by a score of the evaluation ("query_key/top5", "sts-stsb/test/spearman");
+    # checkpoint_every must then be a multiple of eval_every. Empty: none does.
+    config.keep_best = ""
 
     # Pairs whose activations are held at once (gradient caching: the same loss and gradient, a forward pass more), or the
     # tokens of their rows. 0 and 0: the whole batch.
@@ -194,6 +197,8 @@ def get_config() -> ConfigDict:
     config.mesh.tensor = 1
 
     config.eval = ConfigDict()
+    # Tasks every eval_every steps beside the query-key test, "sts=DIR,retrieval=DIR" (see evaluate).
+    config.eval.tasks = ""
     # The query-key test: pairs, tokens of a span, rows embedded at once, seed of the choice.
     config.eval.pairs = 1000
     config.eval.span = 62

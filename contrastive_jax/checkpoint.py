@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -38,13 +38,32 @@ class Checkpoints:
 
     def __init__(self, workdir: epath.PathLike, keep: int = 3, read_only: bool = False):
         self.directory = epath.Path(workdir).resolve() / "checkpoints"
+        self._keep = keep
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=not read_only, read_only=read_only, enable_async_checkpointing=not read_only
+            preservation_policy=None if read_only else self,
+            create=not read_only,
+            read_only=read_only,
+            enable_async_checkpointing=not read_only,
         )
         handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in ITEMS}
         handlers["meta"] = ocp.JsonCheckpointHandler()
         self._handlers = handlers
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+        self._scores: dict[int, float] = {}
+        for step in self.steps():
+            with contextlib.suppress(DamagedError):
+                if (score := self.meta(step).get("score")) is not None:
+                    self._scores[step] = score
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Orbax's question: the newest `keep` stay, and that of the best score."""
+        del context
+        newest = [info.step for info in checkpoints][-self._keep :]
+        return [info.step in newest or info.step == self.best() for info in checkpoints]
+
+    def best(self) -> int | None:
+        """The step of the highest score, the earliest of equal ones; None where none has one."""
+        return max(sorted(self._scores), key=lambda step: self._scores[step], default=None)
 
     def latest(self) -> int | None:
         """The newest step saved, or None."""
@@ -57,7 +76,7 @@ class Checkpoints:
     def save(self, step: int, meta: dict, **items: Any) -> dict[str, dict[str, str]]:
         """Starts to save items by name; returns their hashes once they are copied off the devices.
 
-        A step already saved is left alone.
+        A step already saved is left alone. `meta["score"]`, if there is one, decides which checkpoint is the best.
         """
         digests = {name: digest.of_tree(tree) for name, tree in items.items()}
         if step != self.latest():
@@ -68,6 +87,8 @@ class Checkpoints:
             args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
             meta = meta | {"arrays": arrays}
             meta["hash"] = hash_of(meta)
+            if meta.get("score") is not None:
+                self._scores[step] = meta["score"]
             self._manager.save(step, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta)))
         return digests
 
@@ -133,6 +154,7 @@ class Checkpoints:
 
     def set_aside(self, step: int) -> None:
         """Moves a damaged checkpoint to `workdir/damaged`, where nothing looks for one; every process must call it."""
+        self._scores.pop(step, None)
         target = self.directory.parent / "damaged" / str(step)
         if jax.process_index() == 0:
             target.parent.mkdir(parents=True, exist_ok=True)

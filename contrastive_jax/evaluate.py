@@ -5,35 +5,38 @@ sentence-transformers folder (hf:FOLDER). Each task has its --data, in the order
 
 query_key             held-out spans of a prepared dataset, by default the run's own
 sts                   a folder of .tsv: score, text, text
+wordsim               a folder of .tsv or .csv: word, word, score
 retrieval             a BEIR folder: corpus.jsonl, queries.jsonl, qrels/test.tsv
+codesearch            a folder of .jsonl or .jsonl.gz with docstring(_tokens) and code(_tokens)
 probe knn zero_shot   a folder of .jsonl with text and label, a SentEval task's folder, or tfds:NAME
+glue                  fine-tuning: a folder with train.jsonl and dev.jsonl of labelled pairs, or tfds:glue/rte
+mteb                  tasks of the mteb package, --mteb=NAMES; their --data is optional
 
 Results are printed and written, with the protocol that decided them, to WORKDIR/TASK-DATA.json or to --json. Two of them side
 by side: `--compare A.json B.json`. Vectors of texts are kept in --cache, by model and text.
 """
 
-import dataclasses
 import functools
-import hashlib
+import importlib.metadata
 import json
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from absl import flags, logging
 from etils import epath
 
-from contrastive_jax import cli, nearest, processes, results, text_model
+from contrastive_jax import cli, finetune, mteb_model, processes, results, tasks, text_model
 from contrastive_jax.data import pipeline
-from contrastive_jax.evals import baselines, cache, classify, query_key, retrieval, sts
+from contrastive_jax.evals import baselines, cache, query_key
 from contrastive_jax.results import Rows
+from contrastive_jax.tasks import TASK_OF, Encode
 
 CACHE_HOME = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
 
 MODEL = flags.DEFINE_string("model", None, "A workdir, DIR@STEP, an exported folder, or hf:FOLDER.")
-TASKS = flags.DEFINE_list("tasks", ["query_key"], "What to run: query_key, sts, retrieval, probe, knn, zero_shot.")
+TASKS = flags.DEFINE_list("tasks", ["query_key"], "What to run, of those above.")
 DATA = flags.DEFINE_list("data", [], "Data of each task, or of all.")
 JSON = flags.DEFINE_string("json", None, "Where the results go; by default WORKDIR/TASK-DATA.json.")
 PAIRS = flags.DEFINE_integer("pairs", None, "Pairs of the query-key test; as in training by default.", lower_bound=1)
@@ -41,87 +44,10 @@ SPAN = flags.DEFINE_integer("span", None, "Tokens of a span of the query-key tes
 BASELINES = flags.DEFINE_bool("baselines", False, "Score chance, TF-IDF, BM25 and the untrained encoder on the same data too.")
 CACHE = flags.DEFINE_string("cache", f"{CACHE_HOME}/contrastive_jax/vectors.sqlite", "Vectors of texts; empty: none are kept.")
 COMPARE = flags.DEFINE_string("compare", None, "A.json B.json: prints results side by side, and evaluates nothing.")
+EPOCHS = flags.DEFINE_integer("epochs", finetune.RECIPE.epochs, "Epochs of a fine-tuning (glue).", lower_bound=1)
+SEEDS = flags.DEFINE_integer("seeds", finetune.RECIPE.seeds, "Fine-tunings (glue), each of its own seed.", lower_bound=1)
+MTEB = flags.DEFINE_list("mteb", ["STSBenchmark"], "MTEB's names of its tasks (mteb).")
 ANY_PROTOCOL = flags.DEFINE_bool("any_protocol", False, "--compare results although they were measured differently.")
-
-Encode = Callable[[Sequence[str], int], np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """An evaluation of frozen vectors.
-
-    Attributes:
-      score: (encode, data) → rows; encode maps texts and view to vectors.
-      texts: data → all its texts, on which TF-IDF is fitted.
-      baselines: those that need more than vectors, data → rows each, by name.
-      protocol: what decides its figures beside model and data.
-      files: of the data, hashed for the protocol.
-    """
-
-    score: Callable[[Any, Any], Rows]
-    texts: Callable[[Any], list[str]]
-    baselines: dict[str, Callable[[Any], Rows]]
-    protocol: dict[str, Any]
-    files: tuple[str, ...]
-
-
-def score_sts(encode: Encode, data: epath.Path) -> Rows:
-    """Correlation with people's scores."""
-    return sts.evaluate(sts.cosines(lambda texts: encode(texts, 0)), data)
-
-
-def score_retrieval(encode: Encode, data: epath.Path) -> Rows:
-    """Exact search over a BEIR folder."""
-    return retrieval.evaluate(encode, data, nearest.merge)
-
-
-def retrieval_tfidf(data: epath.Path) -> Rows:
-    """TF-IDF vectors are sparse: products with the whole corpus at once."""
-    documents = retrieval.texts(data)
-    encode = baselines.tfidf(documents)
-    corpus = encode(documents)
-    return retrieval.evaluate_scores(lambda queries: baselines.products(encode(queries), corpus), data)
-
-
-def retrieval_bm25(data: epath.Path) -> Rows:
-    """BM25 over the whole corpus."""
-    return retrieval.evaluate_scores(baselines.Bm25(retrieval.texts(data)).scores, data)
-
-
-def score_classify(task: str, encode: Encode, data: epath.Path | str) -> Rows:
-    """A probe, nearest neighbours or the nearest label."""
-    return classify.evaluate(lambda texts: encode(texts, 0), data, (task,))
-
-
-def classifier(task: str, **protocol: Any) -> Task:
-    """A task on labelled texts."""
-    return Task(functools.partial(score_classify, task), classify.texts, {}, protocol, ("*",))
-
-
-TASK_OF = {
-    "sts": Task(
-        score_sts,
-        sts.texts,
-        {"BM25": functools.partial(sts.evaluate, sts.bm25)},
-        {"similarity": "cosine", "ties": "mean rank", "aggregation": "all: one list; mean: of the files' figures"},
-        ("*.tsv",),
-    ),
-    "retrieval": Task(
-        score_retrieval,
-        retrieval.texts,
-        {"TF-IDF": retrieval_tfidf, "BM25": retrieval_bm25},
-        {"similarity": "cosine", "document": "title and text", "gain": "linear"},
-        ("*.jsonl", "qrels/test.tsv"),
-    ),
-    "probe": classifier(
-        "probe",
-        folds=classify.FOLDS,
-        strengths=classify.STRENGTHS,
-        chosen_on="the part to tune on, or a tenth of the training part",
-    ),
-    "knn": classifier("knn", folds=classify.FOLDS, k=classify.NEIGHBOURS, vote="majority"),
-    "zero_shot": classifier("zero_shot", labels="labels.json or their names"),
-}
 
 
 def run_query_key(model: text_model.TextModel, data: str) -> tuple[Rows, dict[str, Any]]:
@@ -143,18 +69,42 @@ def run_query_key(model: text_model.TextModel, data: str) -> tuple[Rows, dict[st
     return rows, {"data": windows.manifest["content_hash"], "split": "validation", **config.eval.to_dict()}
 
 
+def run_glue(model: text_model.TextModel, data: str) -> tuple[Rows, dict[str, Any]]:
+    """Fine-tunes the encoder on pairs."""
+    place: epath.Path | str = data if data.startswith("tfds:") else epath.Path(data).expanduser()
+    if not data or (isinstance(place, epath.Path) and not place.is_dir()):
+        raise ValueError(f"--data={data}: --tasks=glue needs the folder of its data, or tfds:NAME")
+    recipe = finetune.RECIPE._replace(epochs=EPOCHS.value, seeds=SEEDS.value)
+    rows = finetune.evaluate(model, place, recipe)
+    print(results.table(f"glue {data}, × 100", rows))
+    how = {"features": "u, v, |u - v|, u · v", "chosen": "best epoch on the held-out part", "views": "0, 0"}
+    return rows, {"data": tasks.hash_of_data(place, ("*.jsonl",))} | recipe._asdict() | how
+
+
+def run_mteb(model: text_model.TextModel, data: str) -> tuple[Rows, dict[str, Any]]:
+    """MTEB's own tasks."""
+    place = epath.Path(data).expanduser() if data else None
+    rows = mteb_model.run(model, MTEB.value, place)
+    print(results.table("mteb, × 100", rows))
+    told = tasks.hash_of_data(place, ("**/*",)) if place else "as downloaded"
+    return rows, {"mteb": importlib.metadata.version("mteb"), "names": MTEB.value, "data": told}
+
+
+# Tasks that take the model, and not its vectors.
+OF_MODEL: dict[str, Callable[[text_model.TextModel, str], tuple[Rows, dict[str, Any]]]] = {
+    "query_key": run_query_key,
+    "glue": run_glue,
+    "mteb": run_mteb,
+}
+
+
 def run(name: str, model: text_model.TextModel, data: str) -> tuple[Rows, dict[str, Any]]:
     """Scores the model, and the baselines asked for, by a task; their rows are called "BASELINE: ROW".
 
     Raises:
       ValueError: the data are not as they should be.
     """
-    task = TASK_OF[name]
-    place: epath.Path | str = data
-    if not data.startswith("tfds:") or name not in ("probe", "knn", "zero_shot"):
-        place = epath.Path(data).expanduser()
-        if not data or not place.is_dir():
-            raise ValueError(f"--data={data}: --tasks={name} needs the folder of its data")
+    task, place = TASK_OF[name], tasks.place_of(name, data)
     rows = dict(task.score(model.encode if not CACHE.value else from_cache(model), place))
     others: dict[str, Callable[[], Rows]] = {}
     if BASELINES.value:
@@ -170,8 +120,7 @@ def run(name: str, model: text_model.TextModel, data: str) -> tuple[Rows, dict[s
         logging.info("%s: %s", name, other)
         rows |= {f"{other}: {row}": figures for row, figures in score().items()}
     print(results.table(f"{name} {data}, × 100", rows))
-    told = {"data": hash_of_files(place, task.files) if isinstance(place, epath.Path) else data}
-    return rows, told | task.protocol
+    return rows, {"data": tasks.hash_of_data(place, task.files)} | task.protocol
 
 
 def from_cache(model: text_model.TextModel) -> Encode:
@@ -194,14 +143,6 @@ def result_path(model: str, task: str, data: str) -> epath.Path | None:
     return folder / f"{name}.json" if (folder / "config.json").exists() else None
 
 
-def hash_of_files(folder: epath.Path, patterns: Sequence[str]) -> str:
-    """sha256 of the files of a folder and their names, its first half."""
-    found = hashlib.sha256()
-    for path in sorted({path for pattern in patterns for path in folder.glob(pattern) if not path.is_dir()}):
-        found.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
-    return found.hexdigest()[:32]
-
-
 def main(argv: list[str]) -> None:
     """The command."""
     with cli.user_errors():
@@ -214,8 +155,8 @@ def main(argv: list[str]) -> None:
         if not MODEL.value:
             raise ValueError("--model: give a workdir, DIR@STEP, an exported folder, or hf:FOLDER")
         for task in TASKS.value:
-            if task not in TASK_OF and task != "query_key":
-                raise ValueError(f"--tasks={task}: choose one of query_key, {', '.join(TASK_OF)}")
+            if task not in TASK_OF and task not in OF_MODEL:
+                raise ValueError(f"--tasks={task}: choose one of {', '.join((*OF_MODEL, *TASK_OF))}")
         if JSON.value and len(TASKS.value) > 1:
             raise ValueError(f"--json={JSON.value}: one file holds one task; give one of --tasks={','.join(TASKS.value)}")
         if len(DATA.value) not in (0, 1, len(TASKS.value)):
@@ -226,7 +167,7 @@ def main(argv: list[str]) -> None:
         model = text_model.open_model(MODEL.value)
         places = DATA.value if len(DATA.value) == len(TASKS.value) else (DATA.value or [""]) * len(TASKS.value)
         for task, data in zip(TASKS.value, places, strict=True):
-            rows, protocol = run_query_key(model, data) if task == "query_key" else run(task, model, data)
+            rows, protocol = OF_MODEL[task](model, data) if task in OF_MODEL else run(task, model, data)
             if path := result_path(MODEL.value, task, data):
                 results.write(path, task, rows, model.protocol | protocol)
                 logging.info("written to %s", path)

@@ -1,10 +1,11 @@
 """A trained encoder as a function of text, wherever it comes from: a run of ours, or a Hugging Face folder.
 
-runs/pile_small       the newest checkpoint of a workdir; runs/pile_small@2000: that of step 2,000
+runs/pile_small       the newest checkpoint of a workdir; runs/pile_small@2000: that of step 2,000; @best: of config.keep_best
 hf:FOLDER             a Hugging Face or sentence-transformers folder, what `export` writes among them: safetensors,
                       config.json, tokenizer.json
 """
 
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Sequence
@@ -27,7 +28,13 @@ from contrastive_jax.models.layout import Layout
 from contrastive_jax.step import step_key
 
 VIEWS = ("query", "document")
+BEST = -1  # in the place of a step: that of the best score
+# Embedded at once by a device: on CPU what stays in its caches.
+BATCH_TOKENS = {"cpu": 2048}
 BAG_TOKENS = 512  # of a text that a bag takes whose tokenizer says nothing
+
+
+Tokenize = Callable[[Sequence[str], int], list[list[int]]]
 
 
 class TextModel(NamedTuple):
@@ -44,7 +51,7 @@ class TextModel(NamedTuple):
     """
 
     protocol: dict[str, Any]
-    tokenize: Callable[[Sequence[str], int], list[list[int]]]
+    tokenize: Tokenize
     forward: embed.Forward
     apply: Callable[..., jax.Array]
     params: Any
@@ -53,8 +60,13 @@ class TextModel(NamedTuple):
 
     def encode(self, texts: Sequence[str], view: int = 0) -> np.ndarray:
         """Unit vectors float32[n e] of n texts."""
-        rows = self.tokenize(texts, view)
-        return embed.embed_ragged(self.forward, rows, self.protocol["max_tokens"], what=f"{VIEWS[view]} texts")
+        return encode(self.forward, self.tokenize, self.protocol["max_tokens"], texts, view)
+
+
+def encode(forward: embed.Forward, tokenize: Tokenize, longest: int, texts: Sequence[str], view: int) -> np.ndarray:
+    """Unit vectors float32[n e] of n texts, whose rows have up to `longest` tokens."""
+    tokens = BATCH_TOKENS.get(jax.default_backend(), 65536) * jax.device_count()
+    return embed.embed_ragged(forward, tokenize(texts, view), longest, tokens, f"{VIEWS[view]} texts")
 
 
 def open_model(name: str) -> TextModel:
@@ -68,6 +80,8 @@ def open_model(name: str) -> TextModel:
     if (epath.Path(name).expanduser() / "modules.json").exists():
         return open_hf(pathlib.Path(name).expanduser())
     path, _, step = name.rpartition("@")
+    if path and step == "best":
+        return open_workdir(epath.Path(path), BEST)
     return open_workdir(epath.Path(path), int(step)) if path and step.isdigit() else open_workdir(epath.Path(name), None)
 
 
@@ -81,6 +95,19 @@ def encoder_of(config: ConfigDict, vocab_size: int, length: int) -> tuple[encode
     mesh = one_axis()
     encoder = encoder_lib.make(config, vocab_size, length, Layout(mesh, sharding.BATCH[0], "tensor", sharding.RULES))
     return encoder, build.make_encode(encoder.apply, mesh)
+
+
+def tokenizes(config: ConfigDict, load: Callable[[], tokenizer.Tokenizer | tokenizer.JsonTokenizer]) -> Tokenize:
+    """Texts as a run's encoder takes them: stripped, cut, between the delimiters of their view; `load` waits for a text."""
+    words = functools.cache(load)
+
+    def tokenize(texts: Sequence[str], view: int) -> list[list[int]]:
+        edges = [["x_open", "x_close"], ["y_open", "y_close"]][view] if config.data.delimiters else []
+        ids = [[words().reserved[name]] for name in edges] or [[], []]
+        room = config.data.length - len(edges)
+        return [ids[0] + row[:room] + ids[1] for row in words().encode_batch([text.strip() for text in texts])]
+
+    return tokenize
 
 
 def words_of(workdir: epath.Path, config: ConfigDict) -> tokenizer.Tokenizer | tokenizer.JsonTokenizer:
@@ -115,21 +142,17 @@ def open_workdir(workdir: epath.Path, step: int | None) -> TextModel:
     config = ConfigDict(json.loads(path.read_text()))
     checkpoints = checkpoint.Checkpoints(workdir, read_only=True)
     there = checkpoints.steps()
+    if step == BEST:
+        step = checkpoints.best()
+        if step is None:
+            raise ValueError(f"--model={workdir}@best: no checkpoint has a score; the run had no config.keep_best")
     step = step if step is not None else max(there, default=None)
     if step not in there:
-        raise ValueError(f"--model={workdir}: no checkpoint {step if step is not None else ''}; there are {there}")
+        raise ValueError(f"--model={workdir}: no checkpoint {'yet' if step is None else step}; there are {there}")
     params = checkpoints.read(step, "params", lambda leaf: jax.P())["encoder"]
     vocab_size = len(params["transformer"]["embedding"])
     encoder, encode = encoder_of(config.model, vocab_size, config.data.length)
-    words = None
-
-    def tokenize(texts: Sequence[str], view: int) -> list[list[int]]:
-        nonlocal words
-        words = words or words_of(workdir, config)
-        edges = [["x_open", "x_close"], ["y_open", "y_close"]][view] if config.data.delimiters else []
-        ids = [[words.reserved[name]] for name in edges] or [[], []]
-        room = config.data.length - len(edges)
-        return [ids[0] + row[:room] + ids[1] for row in words.encode_batch([text.strip() for text in texts])]
+    tokenize = tokenizes(config, lambda: words_of(workdir, config))
 
     def untrained() -> embed.Forward:
         return bind(encode, place(encoder.init(step_key(jax.random.key(config.seed), "init", jnp.int32(0)))))

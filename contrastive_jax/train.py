@@ -7,7 +7,6 @@ SIGTERM ended it after a save: start it again.
 """
 
 import contextlib
-import functools
 import json
 import sys
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ from contrastive_jax import build as build_lib
 from contrastive_jax import checkpoint, cli, digest, guard, metrics, processes, sharding, warm_start
 from contrastive_jax import step as step_lib
 from contrastive_jax.data import pipeline, tokenizer
-from contrastive_jax.evals import query_key
+from contrastive_jax.evaluator import Evaluator
 from contrastive_jax.peers import Peers
 from contrastive_jax.reporter import Reporter
 
@@ -52,7 +51,7 @@ class Setup(NamedTuple):
     run: build_lib.Run
     manifest: dict
     windows: pipeline.Windows
-    pairs: query_key.Pairs | None
+    evaluator: Evaluator | None
     strict: bool
     other_data: bool
 
@@ -77,11 +76,12 @@ def set_up(config: ConfigDict, workdir: epath.Path, strict: bool = False, other_
     run = build_lib.build(config, mesh, manifest["vocab_size"])
     windows = pipeline.open_split(config.data.dir, "train")
     pipeline.sampling(windows, config.data, config.seed)  # refuses now what the loop could not have
-    held_out = pipeline.open_split(config.data.dir, "validation") if config.eval_every else None
-    pairs = query_key.make_pairs(held_out, config.eval, config.data) if held_out else None
+    if config.keep_best and not config.eval_every:
+        raise ValueError(f"config.keep_best={config.keep_best}: there are no scores with config.eval_every=0")
+    evaluator = Evaluator(config, run) if config.eval_every else None
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-    return Setup(config, workdir, run, manifest, windows, pairs, strict, other_data)
+    return Setup(config, workdir, run, manifest, windows, evaluator, strict, other_data)
 
 
 def restore_or_init(setup: Setup, checkpoints: checkpoint.Checkpoints, last: int | None = None) -> step_lib.TrainState:
@@ -125,18 +125,17 @@ def items_of(state: step_lib.TrainState) -> dict[str, Any]:
     return {name: items[name] for name in checkpoint.ITEMS if items[name] != ()}
 
 
-def evaluate(setup: Setup, pairs: query_key.Pairs, params: Any, step: int, writer: metrics.Writer | None) -> None:
-    """The query-key test of the held-out pairs, to the log, TensorBoard and metrics.jsonl."""
-    forward = functools.partial(setup.run.encode, params)
-    scores = query_key.evaluate(forward, pairs, setup.config.eval.batch_size)["mean"]
-    logging.info("step %d  query-key %s", step, "  ".join(f"{name} {100 * value:.1f}" for name, value in scores.items()))
-    if writer:
-        writer.write(step, {f"query_key/{name}": value for name, value in scores.items()})
-
-
-def save(setup: Setup, checkpoints: checkpoint.Checkpoints, state: step_lib.TrainState, step: int, batch: str) -> None:
+def save(
+    setup: Setup,
+    checkpoints: checkpoint.Checkpoints,
+    state: step_lib.TrainState,
+    step: int,
+    batch: str,
+    score: float | None = None,
+) -> None:
     """Starts a checkpoint and prints the digests by which two runs can be compared."""
     meta = {"config": json.loads(cli.to_json(setup.config)), "data": setup.manifest["content_hash"], "code": digest.of_code()}
+    meta["score"] = score
     with jax.transfer_guard("allow"):
         digests = checkpoints.save(step, meta, **items_of(state))
     logging.info("step %d  parameters digest: %s  batch digest: %s", step, digest.summary(digests["params"]), batch)
@@ -171,12 +170,15 @@ def loop(setup: Setup, stop_at: int, peers: Peers = processes.ALONE, grace_secon
             end = preempted or step >= min(config.steps, stop_at)
             peers.at(step, busy=True)
             # A preempted run evaluates when it goes on: at this very step, before anything else.
-            if setup.pairs and (step == config.steps or (step % config.eval_every == 0 and not preempted)):
-                evaluate(setup, setup.pairs, state.params, step, writer)
+            scores: dict[str, float] = {}
+            if setup.evaluator and (step == config.steps or (step % config.eval_every == 0 and not preempted)):
+                scores = setup.evaluator.scores(state.params, step)
+                if writer:
+                    writer.write(step, scores)
                 reporter.restart_clock()
             if end or (step > first and config.checkpoint_every and step % config.checkpoint_every == 0):
                 reporter.flush()
-                save(setup, checkpoints, state, step, reporter.batch_digest)
+                save(setup, checkpoints, state, step, reporter.batch_digest, scores.get(config.keep_best))
                 reporter.restart_clock()
             if end:
                 checkpoints.wait()

@@ -33,7 +33,8 @@ MAY_BE_ZERO = (
     "model.local_window model.embedding_dim objective.hard_negatives objective.queue optim.warmup_steps "
     "guard.skipped_in_a_row guard.warmup_steps eval.seed"
 ).split()
-RIGHT = {(f"config.{key}", "0") for key in MAY_BE_ZERO} | {("config.objective.bias", "-1.0"), ("config.init_from", "")}
+RIGHT = {(f"config.{key}", "0") for key in MAY_BE_ZERO} | {("config.objective.bias", "-1.0")}
+RIGHT |= {(f"config.{key}", "") for key in ("init_from", "keep_best", "eval.tasks")}
 
 
 @pytest.mark.parametrize(("key", "value"), leaves(base.get_config()), ids=lambda x: x if isinstance(x, str) else "")

@@ -23,7 +23,8 @@ def test_rows_of_any_length_keep_their_order() -> None:
     rows = [rng.integers(1, 9, size).tolist() for size in rng.integers(1, 200, 3000)]
     z = embed.embed_ragged(forward, rows, 199)
     np.testing.assert_array_equal(z, [[sum(row), len(row)] for row in rows])
-    assert len(shapes) == len({int(np.searchsorted(embed.LENGTHS, len(row))) for row in rows})
+    assert len(shapes) <= len({int(np.searchsorted(embed.LENGTHS, len(row))) for row in rows})
+    assert len({length for _, length in shapes}) == len(shapes)  # one shape a length
     assert max(length for _, length in shapes) == 199
     assert embed.embed_ragged(forward, [], 199).shape[0] == 0
 

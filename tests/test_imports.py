@@ -24,6 +24,8 @@ ALLOWED = {
     "peers.py": {"contrastive_jax.cli"},
     "guard.py": set(),
     "nearest.py": {"jax", "contrastive_jax.sharding"},
+    "reporting": {"contrastive_jax.reporting", "contrastive_jax.results"},
+    "results.py": set(),
 }
 WATCHED = {"jax", "flax", "optax", "orbax", "clu", "tensorflow", "contrastive_jax"}
 

@@ -8,9 +8,8 @@ from absl import logging
 
 Forward = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
-# Lengths to which rows are padded (a twelfth of them wasted; each is compiled for once), and tokens embedded at once.
+# Lengths to which rows are padded (a twelfth of them wasted; each is compiled for once).
 LENGTHS = tuple(sorted({step * quarter // 4 for step in (16 << i for i in range(10)) for quarter in (4, 5, 6, 7)}))
-BATCH_TOKENS = 8192
 PROGRESS_SECONDS = 5
 
 
@@ -36,28 +35,40 @@ def embed(forward: Forward, tokens: np.ndarray, mask: np.ndarray, batch_size: in
     return np.concatenate(blocks)
 
 
-def embed_ragged(forward: Forward, rows: Sequence[Sequence[int]], longest: int, what: str = "texts") -> np.ndarray:
-    """Embeds rows of up to `longest` tokens, float32[n e] in their order: those of like length together, the longest first."""
+def embed_ragged(
+    forward: Forward, rows: Sequence[Sequence[int]], longest: int, batch_tokens: int = 2048, what: str = "texts"
+) -> np.ndarray:
+    """Embeds rows of any lengths: those of like length together, the longest first.
+
+    Args:
+      forward: (tokens[m l], mask[m l]) → float32[m e].
+      rows: n rows of up to `longest` tokens.
+      longest: as many as the model has positions for.
+      batch_tokens: embedded at once, padding included.
+      what: for the progress line.
+
+    Returns:
+      float32[n e], in the order of the rows.
+    """
     sizes = np.array([len(row) for row in rows])
     lengths = [length for length in LENGTHS if length < longest] + [longest]  # a model may have positions for no more
-    bucket = np.searchsorted(lengths, sizes)
+    order = np.argsort(-sizes, kind="stable")
     began = told = time.monotonic()
     z: np.ndarray | None = None
     done = 0
-    for number in np.unique(bucket)[::-1]:
-        members = np.flatnonzero(bucket == number)
-        length = lengths[number]
-        batch = max(BATCH_TOKENS // length, 1)
-        for start in range(0, len(members), batch):
-            chosen = members[start : start + batch]
-            tokens = np.zeros((len(chosen), length), np.int32)
-            for place, index in enumerate(chosen):
-                tokens[place, : sizes[index]] = rows[index]
-            found = embed(forward, tokens, np.arange(length) < sizes[chosen, None], batch)
-            z = np.empty((len(rows), found.shape[1]), np.float32) if z is None else z
-            z[chosen] = found
-            done += len(chosen)
-            if time.monotonic() > told + PROGRESS_SECONDS:
-                told = time.monotonic()
-                logging.info("embedding %s: %d of %d, %.0f a second", what, done, len(rows), done / (told - began))
+    while done < len(rows):
+        # As many as have room at the length of the longest that is left: only the very last batch is not full.
+        length = lengths[np.searchsorted(lengths, sizes[order[done]])]
+        batch = max(batch_tokens // length, 1)
+        chosen = order[done : done + batch]
+        tokens = np.zeros((len(chosen), length), np.int32)
+        for place, index in enumerate(chosen):
+            tokens[place, : sizes[index]] = rows[index]
+        found = embed(forward, tokens, np.arange(length) < sizes[chosen, None], batch)
+        z = np.empty((len(rows), found.shape[1]), np.float32) if z is None else z
+        z[chosen] = found
+        done += len(chosen)
+        if time.monotonic() > told + PROGRESS_SECONDS:
+            told = time.monotonic()
+            logging.info("embedding %s: %d of %d, %.0f a second", what, done, len(rows), done / (told - began))
     return np.zeros((0, 1), np.float32) if z is None else z

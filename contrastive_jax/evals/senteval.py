@@ -15,6 +15,9 @@ SPLITS: tuple[tuple[str, ...], ...] = (
     ("msr_paraphrase_train.txt", "msr_paraphrase_test.txt"),
 )
 CLASSES = (".pos", ".neg", ".objective", ".subjective")
+# What the two texts of an object may be called.
+FIRST = ("text", "sentence1", "premise", "question")
+SECOND = ("text2", "sentence2", "hypothesis", "passage", "sentence")
 
 
 class Labelled(NamedTuple):
@@ -32,7 +35,7 @@ def gather(rows: Iterable[tuple[str, str, str | None]]) -> Labelled:
 
 
 def json_lines(path: epath.Path) -> Iterator[tuple[str, str, str | None]]:
-    """Objects with text, label and perhaps text2.
+    """Objects with text, label and perhaps text2, or what GLUE and BoolQ call these (FIRST, SECOND).
 
     Raises:
       ValueError: a line that is not so; the message names it.
@@ -41,8 +44,9 @@ def json_lines(path: epath.Path) -> Iterator[tuple[str, str, str | None]]:
         for number, line in enumerate(file, 1):
             try:
                 found = json.loads(line)
-                text, label, second = found["text"], found["label"], found.get("text2")
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                text, label = next(found[name] for name in FIRST if name in found), found["label"]
+                second = next((found[name] for name in SECOND if name in found), None)
+            except (ValueError, TypeError, KeyError, StopIteration) as error:
                 raise ValueError(f"{path}:{number}: not an object with text and label") from error
             if not isinstance(text, str) or not isinstance(second, str | None):
                 raise ValueError(f"{path}:{number}: text is not a string")
@@ -104,8 +108,8 @@ def parts(data: epath.Path) -> list[Labelled]:
     )
 
 
-def from_tfds(name: str) -> list[Labelled]:
-    """A TFDS dataset with a label and one text or two: train with test, or with validation where test has no labels.
+def tables_of_tfds(name: str) -> dict[str, Labelled]:
+    """Each labelled split of a TFDS dataset with a label and one text or two.
 
     Raises:
       ValueError: there is no such dataset, or it has no labels.
@@ -131,8 +135,18 @@ def from_tfds(name: str) -> list[Labelled]:
                 (row[texts[0]].decode(), str(int(row[label])), row[texts[1]].decode() if len(texts) == 2 else None)
                 for row in rows
             )
+    return tables
+
+
+def from_tfds(name: str) -> list[Labelled]:
+    """The parts of a TFDS dataset: train with test, or with validation where test has no labels.
+
+    Raises:
+      ValueError: from `tables_of_tfds`, or there are no labels to train on.
+    """
+    tables = tables_of_tfds(name)
     if "train" not in tables:
-        raise ValueError(f"--data=tfds:{name}: no train split with labels among {', '.join(builder.info.splits)}")
+        raise ValueError(f"--data=tfds:{name}: no train split with labels; there are {', '.join(tables) or 'none'}")
     held_out = next((tables[split] for split in ("test", "validation") if split in tables), None)
     return [tables["train"]] if held_out is None else [tables["train"], held_out]
 

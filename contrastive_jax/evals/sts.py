@@ -20,6 +20,9 @@ class Sentences(NamedTuple):
     second: list[str]
 
 
+Read = Callable[[epath.Path], Sentences]  # of one file
+
+
 def read(path: epath.Path) -> Sentences:
     """Reads a .tsv of score, text, text.
 
@@ -63,24 +66,26 @@ def bm25(first: list[str], second: list[str]) -> np.ndarray:
     return np.mean([np.diagonal(scores) for scores in both], axis=0)
 
 
-def texts(data: epath.Path) -> list[str]:
+def texts(data: epath.Path, read: Read = read, pattern: str = "*.tsv") -> list[str]:
     """All texts of a folder."""
-    return [text for file in sorted(data.glob("*.tsv")) for pairs in [read(file)] for text in (*pairs.first, *pairs.second)]
+    return [text for file in sorted(data.glob(pattern)) for pairs in [read(file)] for text in (*pairs.first, *pairs.second)]
 
 
-def evaluate(similarity: Similarity, data: epath.Path) -> dict[str, dict[str, float]]:
-    """Scores a similarity on each .tsv of a folder.
+def evaluate(
+    similarity: Similarity, data: epath.Path, read: Read = read, pattern: str = "*.tsv"
+) -> dict[str, dict[str, float]]:
+    """Scores a similarity on each of the files of a folder.
 
     Returns:
       File → correlations; of several files also "all", of their pairs in one list, and "mean", of the files' figures: the two
       differ by points, and papers do not always say which they give (SimCSE's appendix B).
 
     Raises:
-      ValueError: there is no .tsv.
+      ValueError: there is none.
     """
-    files = sorted(data.glob("*.tsv"))
+    files = sorted(data.glob(pattern))
     if not files:
-        raise ValueError(f"--data={data}: no .tsv of score, text, text there")
+        raise ValueError(f"--data={data}: no {pattern} there")
     results, every = {}, []
     for file in files:
         pairs = read(file)
