@@ -66,7 +66,8 @@ def run_query_key(model: text_model.TextModel, data: str) -> tuple[Rows, dict[st
     for name, forward in (("untrained", model.untrained()), (f"step {model.protocol['step']}", model.forward)):
         rows[name] = query_key.evaluate(forward, pairs, config.eval.batch_size)
     print(query_key.table(rows))
-    return rows, {"data": windows.manifest["content_hash"], "split": "validation", **config.eval.to_dict()}
+    how = {key: config.eval[key] for key in ("pairs", "span", "seed")}
+    return rows, {"data": windows.manifest["content_hash"], "split": "validation"} | how
 
 
 def run_glue(model: text_model.TextModel, data: str) -> tuple[Rows, dict[str, Any]]:
@@ -86,7 +87,7 @@ def run_mteb(model: text_model.TextModel, data: str) -> tuple[Rows, dict[str, An
     place = epath.Path(data).expanduser() if data else None
     rows = mteb_model.run(model, MTEB.value, place)
     print(results.table("mteb, × 100", rows))
-    told = tasks.hash_of_data(place, ("**/*",)) if place else "as downloaded"
+    told = tasks.hash_of_data(place, ("*",)) if place else "as downloaded"
     return rows, {"mteb": importlib.metadata.version("mteb"), "names": MTEB.value, "data": told}
 
 
@@ -135,12 +136,12 @@ def from_cache(model: text_model.TextModel) -> Encode:
 
 
 def result_path(model: str, task: str, data: str) -> epath.Path | None:
-    """Where a result goes: to --json, or beside the model if that is a folder of ours."""
+    """Where a result goes: to --json, or into the workdir; of other folders nowhere."""
     if JSON.value:
         return epath.Path(JSON.value)
     folder = epath.Path(model.rpartition("@")[0] or model).expanduser()
     name = f"{task}-{epath.Path(data).name.replace(':', '-')}" if data and task != "query_key" else task
-    return folder / f"{name}.json" if (folder / "config.json").exists() else None
+    return folder / f"{name}.json" if (folder / "checkpoints").is_dir() else None
 
 
 def main(argv: list[str]) -> None:

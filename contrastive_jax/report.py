@@ -253,7 +253,9 @@ def make(names: Sequence[str], data: str | None = None) -> str:
             body = page.paragraph(f"The checkpoint of step {spans.step:,} on held-out spans.") + spans_sections(spans, suffix)
         sections.append(page.section(f"run{suffix}", run.label, body))
         links.append((f"run{suffix}", run.label))
-    title = "Report of " + ", ".join(dict.fromkeys([run.label for run in runs] + [result.label for result in results]))
+    labels = [run.label for run in runs]
+    alone = [result.label for result in results if result.label.partition(",")[0] not in labels]
+    title = "Report of " + ", ".join(dict.fromkeys(labels + alone))
     return page.document(cut(title, LETTERS), links, sections)
 
 

@@ -14,6 +14,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 
@@ -26,6 +27,7 @@ from ml_collections import ConfigDict
 
 from contrastive_jax import cli, train
 
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="contrastive_jax-")  # where evaluate keeps vectors
 ROOT = pathlib.Path(__file__).parent.parent
 RESERVED = {"pad": 0, "bos": 1, "eos": 2, "mask": 3, "x_open": 4, "x_close": 5, "y_open": 6, "y_close": 7}
 VOCAB = 320

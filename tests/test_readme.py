@@ -82,8 +82,9 @@ def test_every_command_of_the_readme_is_run(tmp_path: pathlib.Path) -> None:
         )
         assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
         ran += 1
-    assert ran == 9
+    assert ran == 11
     assert np.load(tmp_path / "vectors.npy").shape[0] == 2
+    assert (tmp_path / "exported/modules.json").exists() and "<svg" in (tmp_path / "report.html").read_text()
     assert (tmp_path / "runs/pile_small/query_key.json").exists()
 
 

@@ -11,11 +11,13 @@ import pytest
 import tokenizers
 from conftest import evaluation, finish, start
 from etils import epath
+from flax import nnx
 from safetensors import numpy as safetensors
 
 from configs import base
 from contrastive_jax import encode, text_model
-from contrastive_jax.models import encoder, hf
+from contrastive_jax.models import attention, encoder, hf, transformer
+from contrastive_jax.models.layout import Layout
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] the cat dog sat ran on a mat hat red blue big small one two".split()
 SMALL = dict(vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=3, num_attention_heads=4, intermediate_size=24)
@@ -107,6 +109,14 @@ def test_hidden_states_and_gradients_equal_those_of_transformers(family: str, tm
     mean = (hidden * torch.tensor(mask)[:, :, None]).sum(1) / torch.tensor(sizes)[:, None]
     unit = mean / mean.norm(dim=-1, keepdim=True)
     (unit * torch.tensor(direction)).sum().backward()
+
+    # What the Transformer gives, token by token.
+    module = transformer.Transformer(model, len(WORDS), 40, attention.make(model, Layout()), Layout(), nnx.Rngs(0))
+    state = nnx.state(module, nnx.Param)
+    nnx.replace_by_pure_dict(state, found.params["transformer"])
+    nnx.update(module, state)
+    states = np.asarray(module(tokens, mask.astype(np.int32)))
+    np.testing.assert_allclose(states[mask], hidden.detach().numpy()[mask], atol=1e-5)
 
     ours = encoder.make(model, len(WORDS), 40)
     np.testing.assert_allclose(ours.apply(found.params, tokens, mask), unit.detach().numpy(), atol=1e-5)

@@ -33,7 +33,7 @@ th, td { padding: .22rem 1.1rem .22rem 0; }
 td { vertical-align: top; } th:last-child, td:last-child { padding-right: 0; }
 .figure { text-align: right; white-space: nowrap; }
 tr.begin td { border-top: 1px solid var(--rule); }
-.texts { min-width: 46rem; } .texts td:nth-child(2), .texts td:nth-child(5) { width: 36%; }
+.texts { min-width: 46rem; overflow-wrap: anywhere; } .texts td:nth-child(2), .texts td:nth-child(5) { width: 36%; }
 .results td:not(.figure) { white-space: nowrap; }
 figure { margin: 0; } figcaption { max-width: 42rem; margin-top: .4rem; }
 svg { display: block; width: 100%; max-width: 100%; height: auto; }
