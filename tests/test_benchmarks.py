@@ -16,6 +16,7 @@ def run(name: str, *flags: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_loss_memory() -> None:
     lines = run("loss_memory.py", "--dim=8", "--devices=2", "--batches=64", "--timed=64", "--repeats=1", "--block=16")
     assert lines[-1].split()[0] == "64" and lines[-1].count("ms") == 4

@@ -197,6 +197,7 @@ def test_rows_are_padded_to_few_lengths_and_the_last_batch_to_its_rows() -> None
     assert two["first"].sum() == 3 and two["second"].sum() == 4
 
 
+@pytest.mark.slow
 def test_one_device_and_eight_train_alike(separable: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = FAST._replace(batch_size=12, epochs=2)  # neither 12 nor 40 - 36 divides over eight devices
     eight = losses(separable, recipe, monkeypatch)

@@ -53,7 +53,10 @@ def make(folder: pathlib.Path, name: str, **changed: object) -> text_model.TextM
     return text_model.open_model(str(folder))
 
 
-@pytest.fixture(scope="module", params=MODELS)
+# The slow ones' encoders go the same way in test_warm_start.py.
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=[pytest.mark.slow] * (name in ("gpt2", "modernbert"))) for name in MODELS]
+)
 def model(
     request: pytest.FixtureRequest, words: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
 ) -> text_model.TextModel:
