@@ -45,10 +45,20 @@ class Run(NamedTuple):
 
 
 def merge(fresh: Any, given: Any) -> Any:
-    """The parameters of `given` in the place of those of `fresh`; where it has fewer rows, or nothing, fresh ones stay."""
+    """The parameters of `given` in the place of those of `fresh`; where it has fewer rows, or nothing, fresh ones stay.
+
+    Raises:
+      ValueError: they differ in more than their rows.
+    """
     if isinstance(fresh, dict):
         return {key: merge(value, given[key]) if key in given else value for key, value in fresh.items()}
-    return given.astype(fresh.dtype) if given.shape == fresh.shape else fresh.at[: len(given)].set(given)
+    if given.shape[1:] != fresh.shape[1:]:
+        there, here = given.shape, fresh.shape
+        raise ValueError(
+            f"config.init_from: a parameter {there} where this model has {here}; set config.model.embedding_dim as it was there"
+        )
+    rows = min(len(given), len(fresh))  # ids that no text has may be fewer or more
+    return fresh.at[:rows].set(given[:rows])
 
 
 def padded_vocab(vocab_size: int) -> int:

@@ -13,7 +13,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from test_text_model import TEXTS, WORDS, write_folder
 
-from contrastive_jax import checkpoint, export, text_model, train
+from contrastive_jax import build, checkpoint, export, text_model, train
 from contrastive_jax.data import tokenizer
 
 
@@ -83,6 +83,17 @@ def test_what_cannot_begin_is_named(dataset: pathlib.Path, tmp_path: pathlib.Pat
         fresh(config_of(data, f"hf:{folder}"), tmp_path / "run")
     with pytest.raises(ValueError, match="config.init_from=nowhere: no config.json there"):
         fresh(config_of(data, "nowhere"), tmp_path / "run")
+
+
+def test_tables_may_have_fewer_or_more_rows() -> None:
+    fresh = {"a": jax.numpy.zeros((4, 2)), "b": jax.numpy.zeros(3)}
+    for rows in (2, 4, 6):
+        found = build.merge(fresh, {"a": jax.numpy.ones((rows, 2))})
+        assert found["a"].sum() == 2 * min(rows, 4) and found["b"].sum() == 0
+    with pytest.raises(
+        ValueError, match=r"a parameter \(4, 3\) where this model has \(4, 2\); set config.model.embedding_dim as"
+    ):
+        build.merge(fresh, {"a": jax.numpy.ones((4, 3))})
 
 
 def test_a_tokenizer_of_the_ecosystem_keeps_its_ids_apart(tmp_path: pathlib.Path) -> None:
