@@ -1,7 +1,7 @@
 """Evaluates an encoder: `python -m contrastive_jax.evaluate --model=runs/debug --tasks=query_key`.
 
-The model is the workdir of a run (its newest checkpoint; DIR@STEP: that one), an exported folder, or a Hugging Face or
-sentence-transformers folder (hf:FOLDER). Each task has its --data, in the order of --tasks (or one for all):
+The model is the workdir of a run (its newest checkpoint; DIR@STEP, DIR@best: that one), an exported folder, or a Hugging Face
+or sentence-transformers folder (hf:FOLDER). Each task has its --data, in the order of --tasks (or one for all):
 
 query_key             held-out spans of a prepared dataset, by default the run's own
 sts                   a folder of .tsv: score, text, text

@@ -1,5 +1,6 @@
 """Vectors that were made before: a SQLite file, a row a text, by a hash of model and text."""
 
+import contextlib
 import hashlib
 import pathlib
 import sqlite3
@@ -25,7 +26,7 @@ def cached(
 
     def lookup(texts: Sequence[str]) -> np.ndarray:
         keys = [hashlib.sha256(f"{model}\0{text}".encode("utf-8", "surrogatepass")).digest() for text in texts]
-        with sqlite3.connect(path, timeout=60) as file:
+        with contextlib.closing(sqlite3.connect(path, timeout=60)) as file, file:  # closed, and committed
             file.execute("CREATE TABLE IF NOT EXISTS vectors (key BLOB PRIMARY KEY, vector BLOB) WITHOUT ROWID")
             found: dict[bytes, bytes] = {}
             distinct = dict(zip(keys, texts, strict=True))
@@ -39,7 +40,7 @@ def cached(
         if missing:
             made = encode([distinct[key] for key in missing]).astype(np.float32)
             rows = [(key, vector.tobytes()) for key, vector in zip(missing, made, strict=True)]
-            with sqlite3.connect(path, timeout=60) as file:
+            with contextlib.closing(sqlite3.connect(path, timeout=60)) as file, file:  # closed, and committed
                 file.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?)", rows)
             found.update(rows)
         return np.stack([np.frombuffer(found[key], np.float32) for key in keys])
