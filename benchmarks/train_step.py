@@ -1,18 +1,18 @@
-"""Speed of the whole train step, beside the same model, batch and optimiser in PyTorch: a ratio in one run.
+"""Compares the speed of the whole train step with the same model, batch and optimiser in PyTorch.
 
   pip install -e '.[benchmark]'
-  GLIBC_TUNABLES=... python benchmarks/train_step.py       with the value that launch/local.sh sets
+  GLIBC_TUNABLES=... python -m benchmarks.train_step       with the value that launch/local.sh sets
 
-Both train transformers' BertModel architecture (post-norm, learned positions, GELU, no dropout), mean-pooled, with a symmetric
-cross-entropy over the batch and AdamW, in float32, at the width, depth, vocabulary, batch and length of each recipe; ours
-without the loop over blocks (`model.scan=False`). The two take turns, so that a noisy machine is noisy for both; the figure is
-the ratio of the medians.
+Both sides train the architecture of transformers' BertModel (post-norm, learned positions, GELU, no dropout), mean-pooled, with
+a symmetric cross-entropy over the batch and AdamW, at the width, depth, vocabulary, batch and length of each recipe; here
+without the loop over blocks (`model.scan=False`). They take turns, so that a busy machine slows both down; the result is the
+ratio of the medians. Expect 0.86 to 0.95 × PyTorch's speed on 2 CPU cores, in float32.
+
+On a GPU both sides run on it: float32 as TF32, JAX's default there, and with --dtypes=bfloat16 in mixed precision. Give each
+side a part of the memory: XLA_PYTHON_CLIENT_MEM_FRACTION=.45.
 """
 
-import pathlib
-import statistics
-import sys
-import time
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -20,119 +20,107 @@ import numpy as np
 import torch
 import transformers
 from absl import app, flags
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 from ml_collections import ConfigDict
 
-from configs import base
-from contrastive_jax import build, sharding
+from benchmarks import common
+from contrastive_jax.config import default_config
+from contrastive_jax.runtime import sharding
+from contrastive_jax.training import build
 
-SHAPES = flags.DEFINE_list("shapes", ["debug", "pile_small", "minilm"], "Which shapes to time.")
-STEPS = flags.DEFINE_integer("steps", 7, "Steps of each; the median counts.")
+DTYPES = flags.DEFINE_list("dtypes", ["float32"], "The types of activations: float32, bfloat16.")
+SHAPES = flags.DEFINE_list("shapes", ["debug", "pile_small", "minilm"], "The shapes to time.")
+STEPS = flags.DEFINE_integer("steps", 7, "Timed steps of each side; the median counts.")
 TEMPERATURE = 0.05
+VOCAB_SIZES = {"debug": 8192, "pile_small": 16384, "minilm": 30592, "bert_base": 30592}
 
 
-class Shape:
-    """Sizes that both sides share."""
-
-    def __init__(self, vocab: int, layers: int, d_model: int, heads: int, d_ff: int, pairs: int, length: int):
-        self.vocab, self.layers, self.d_model, self.heads = vocab, layers, d_model, heads
-        self.d_ff, self.pairs, self.length = d_ff, pairs, length
-
-
-def recipe_shape(name: str, vocab: int) -> Shape:
-    """The shape of a shipped recipe."""
-    import importlib
-
-    config = importlib.import_module(f"configs.{name}").get_config()
-    model, data = config.model, config.data
-    return Shape(vocab, model.num_layers, model.d_model, model.num_heads, model.d_ff, data.batch_size, data.length)
-
-
-def ours(shape: Shape, tokens: np.ndarray) -> Callable[[], None]:
-    """A function that takes one step of the step that `train` takes."""
-    config = base.get_config()
-    config.data.update(batch_size=shape.pairs, length=shape.length)
-    config.model.update(num_layers=shape.layers, d_model=shape.d_model, d_ff=shape.d_ff, num_heads=shape.heads)
-    config.model.update(num_kv_heads=shape.heads, head_dim=shape.d_model // shape.heads, position="learned")
-    config.model.update(norm_position="post", embedding_norm=True, final_norm=False)
-    config.model.scan = False
+def make_config(name: str, dtype: str) -> ConfigDict:
+    """Returns a BERT of the sizes of a recipe, or of MiniLM with 32 pairs or BERT-base with 256 pairs of 128 tokens."""
+    config = default_config()
+    config.model.dtype = dtype
+    if name == "minilm":
+        config.data.update(batch_size=32, length=128)
+        config.model.update(num_layers=6, d_model=384, d_ff=1536, num_heads=12)
+    elif name == "bert_base":
+        config.data.update(batch_size=256, length=128)
+        config.model.update(num_layers=12, d_model=768, d_ff=3072, num_heads=12)
+    else:
+        recipe = common.load_recipe(name)
+        config.data.update({key: recipe.data[key] for key in ("batch_size", "length")})
+        config.model.update({key: recipe.model[key] for key in ("num_layers", "d_model", "d_ff", "num_heads")})
+    heads = config.model.num_heads
+    config.model.update(num_kv_heads=heads, head_dim=config.model.d_model // heads)
+    config.model.update(position="learned", max_length=config.data.length)
+    config.model.update(norm_position="post", embedding_norm=True, final_norm=False, scan=False)
     config.optim.clip_norm = 0.0
+    return config
+
+
+def jax_stepper(config: ConfigDict, vocab_size: int, tokens: np.ndarray) -> Callable[[], None]:
+    """Returns a function that takes one step of `train` on tokens int32[b 2 1 l] and waits for it."""
     mesh = sharding.make_mesh(ConfigDict({"data": 1, "fsdp": 1, "tensor": 1}), jax.devices()[:1])
-    run = build.build(config, mesh, shape.vocab)
-    rows = np.arange(shape.pairs)
-    host = {"tokens": tokens, "segment": np.ones(tokens.shape, np.int32), "doc": rows.astype(np.int32)}
-    host["text"] = np.arange(2 * shape.pairs, dtype=np.int32).reshape(-1, 2)
+    run = build.build(config, mesh, vocab_size)
     state = run.init()
 
-    def step() -> None:
+    def take_step() -> None:
         nonlocal state
-        batch = sharding.to_global(host, rows, shape.pairs, mesh)
-        state, metrics, _ = run.train_step(state, batch)
+        state, metrics, _ = run.train_step(state, common.global_batch(tokens, mesh))
         jax.block_until_ready((state, metrics))
 
-    return step
+    return take_step
 
 
-def theirs(shape: Shape, tokens: np.ndarray) -> Callable[[], None]:
-    """The same in PyTorch."""
-    config = transformers.BertConfig(
-        vocab_size=shape.vocab,
-        hidden_size=shape.d_model,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        intermediate_size=shape.d_ff,
-        max_position_embeddings=shape.length,
+def torch_stepper(config: ConfigDict, vocab_size: int, tokens: np.ndarray) -> Callable[[], None]:
+    """Returns a function that takes the same step in PyTorch."""
+    model_config, pairs, length = config.model, config.data.batch_size, config.data.length
+    bert = transformers.BertConfig(
+        vocab_size=vocab_size,
+        hidden_size=model_config.d_model,
+        num_hidden_layers=model_config.num_layers,
+        num_attention_heads=model_config.num_heads,
+        intermediate_size=model_config.d_ff,
+        max_position_embeddings=length,
         hidden_act="gelu_pytorch_tanh",
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    model = transformers.BertModel(config, add_pooling_layer=False).train()
-    log_temperature = torch.nn.Parameter(torch.tensor(float(np.log(TEMPERATURE))))
+    device = torch.device("cuda" if jax.default_backend() == "gpu" else "cpu")
+    torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")  # "high": TF32
+    model = transformers.BertModel(bert, add_pooling_layer=False).train().to(device)
+    log_temperature = torch.nn.Parameter(torch.tensor(float(np.log(TEMPERATURE)), device=device))
     optimizer = torch.optim.AdamW([*model.parameters(), log_temperature], lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    rows = torch.from_numpy(tokens.reshape(-1, shape.length).astype(np.int64))
+    rows = torch.from_numpy(tokens.reshape(-1, length).astype(np.int64)).to(device)
     mask = torch.ones_like(rows)
-    target = torch.arange(shape.pairs)
+    target = torch.arange(pairs, device=device)
 
-    def step() -> None:
-        hidden = model(input_ids=rows, attention_mask=mask).last_hidden_state
+    def take_step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=model_config.dtype == "bfloat16"):
+            hidden = model(input_ids=rows, attention_mask=mask).last_hidden_state.float()
         weight = mask[..., None].float()
-        z = torch.nn.functional.normalize((hidden * weight).sum(1) / weight.sum(1), dim=-1).view(shape.pairs, 2, -1)
+        z = torch.nn.functional.normalize((hidden * weight).sum(1) / weight.sum(1), dim=-1).view(pairs, 2, -1)
         logits = z[:, 0] @ z[:, 1].T * torch.exp(-log_temperature)
         cross_entropy = torch.nn.functional.cross_entropy
         loss = (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
 
-    return step
-
-
-def seconds(step: Callable[[], None]) -> float:
-    """The time of one call."""
-    begin = time.perf_counter()
-    step()
-    return time.perf_counter() - begin
+    return take_step
 
 
 def main(argv: list[str]) -> None:
-    """Prints a line a shape."""
+    """Prints a line per shape."""
     del argv
-    shapes = {
-        "debug": recipe_shape("debug", 8192),
-        "pile_small": recipe_shape("pile_small", 16384),
-        "minilm": Shape(vocab=30592, layers=6, d_model=384, heads=12, d_ff=1536, pairs=32, length=128),
-    }
-    print(f"{'shape':<12}{'ours, pairs/s':>16}{'PyTorch, pairs/s':>18}{'ratio':>8}")
-    for name in SHAPES.value:
-        shape = shapes[name]
-        tokens = np.random.default_rng(0).integers(8, shape.vocab, (shape.pairs, 2, shape.length)).astype(np.int32)
-        pair = ours(shape, tokens), theirs(shape, tokens)
-        for step in pair:
-            seconds(step)
-        times = [[seconds(step) for step in pair] for _ in range(STEPS.value)]
-        left, right = (statistics.median(column) for column in zip(*times, strict=True))
-        print(f"{name:<12}{shape.pairs / left:>16.1f}{shape.pairs / right:>18.1f}{right / left:>8.2f}", flush=True)
+    print(f"{'shape':<22}{'JAX, pairs/s':>16}{'PyTorch, pairs/s':>18}{'ratio':>8}")
+    for name, dtype in itertools.product(SHAPES.value, DTYPES.value):
+        config, vocab_size = make_config(name, dtype), VOCAB_SIZES[name]
+        tokens = common.random_tokens(config, vocab_size)
+        steppers = {make: make(config, vocab_size, tokens) for make in (jax_stepper, torch_stepper)}
+        timings = common.time_in_turns({make.__name__: step for make, step in steppers.items()}, STEPS.value)
+        jax_speed, torch_speed = (config.data.batch_size / timings[make.__name__].median for make in steppers)
+        print(f"{f'{name} {dtype}':<22}{jax_speed:>16.1f}{torch_speed:>18.1f}{jax_speed / torch_speed:>8.2f}", flush=True)
 
 
 if __name__ == "__main__":

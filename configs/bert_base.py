@@ -1,45 +1,23 @@
-"""A BERT-base encoder: 12 layers, 768 wide, post-norm, learned positions, mean pooling; for one H100 or v5e-16.
+"""A BERT-base encoder: 12 layers, 768 wide, post-norm, learned positions, mean pooling; for one H100 or a v5e-16.
 
-  bash launch/gpu.sh --config=configs/bert_base.py --config.data.dir=DIR --workdir=DIR
-  python -m contrastive_jax.plan --config=configs/bert_base.py --target=gpu:h100:1x1
+    bash launch/gpu.sh --config=configs/bert_base.py --config.data.dir=DIR --workdir=DIR
+    contrastive-jax plan --config=configs/bert_base.py --target=gpu:h100:1x1
 
-By the plan (upper bounds; vocabulary 65,536): one H100 39.4 of 73.2 GiB, 0.78 s a step, MFU 35 % (roofline); v5e-16 5.0 of
-15.8 GiB, 0.24 s, MFU 37 %, 49 % with recomputed FLOPs. Not trained at this size by us: no quality is claimed.
+Planned, not trained: one H100 needs 39.4 of 73.2 GiB and 0.78 s per step (docs/results.md). We claim no quality.
 """
 
 from ml_collections import ConfigDict
 
-from configs import base
+from contrastive_jax.config import default_config
 
 
 def get_config() -> ConfigDict:
-    config = base.get_config()
-    config.steps = 100_000
-    config.log_every = 50
-    config.eval_every = 2000
-    config.checkpoint_every = 2000
-
-    config.data.batch_size = 2048
-    config.data.length = 128
-    config.data.min_span = 32
-    config.data.max_span = 126
-
-    config.model.num_layers = 12
-    config.model.d_model = 768
-    config.model.num_heads = config.model.num_kv_heads = 12
-    config.model.head_dim = 64
-    config.model.d_ff = 3072
-    config.model.norm_position = "post"
-    config.model.final_norm = False
-    config.model.embedding_norm = True
-    config.model.position = "learned"
-    config.model.dropout = 0.1
-    config.model.remat = "attention"
-    config.model.dtype = "bfloat16"
-
-    config.optim.learning_rate = 2e-4
-    config.optim.warmup_steps = 5000
-    config.optim.schedule = "linear"
-
-    # Parameters are whole on every device: 1.3 GB with their moments.
+    config = default_config()
+    config.update(steps=100_000, log_every=50, eval_every=2000, checkpoint_every=2000)
+    config.data.update(batch_size=2048, length=128, min_span=32, max_span=126)
+    config.model.update(num_layers=12, d_model=768, num_heads=12, num_kv_heads=12, head_dim=64, d_ff=3072)
+    config.model.update(norm_position="post", final_norm=False, embedding_norm=True, position="learned", max_length=128)
+    config.model.update(dropout=0.1, remat="attention", dtype="bfloat16")
+    config.optim.update(learning_rate=2e-4, warmup_steps=5000, schedule="linear")
+    # Each device holds all parameters: 1.3 GB with their moments.
     return config

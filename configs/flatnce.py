@@ -1,8 +1,8 @@
-"""FlatNCE (arXiv 2107.01152) on the debug recipe. Its loss is always 1: watch `log_ratio`, which falls.
+"""FlatNCE (arXiv 2107.01152) on the debug recipe. Its loss is always 1: watch the metric `log_ratio`, which falls.
 
-  bash launch/local.sh --config=configs/flatnce.py
+    bash launch/local.sh --config=configs/flatnce.py
 
-Its gradient is DCL's (`--config.objective.name=dcl`), whose loss has a value to look at.
+Its gradient is that of DCL (`--config.objective.name=dcl`), whose loss is worth watching.
 """
 
 from ml_collections import ConfigDict

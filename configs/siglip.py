@@ -1,8 +1,8 @@
-"""SigLIP (arXiv 2303.15343) on the debug recipe: every pair is a two-class problem, no normalisation over the batch.
+"""SigLIP (arXiv 2303.15343) on the debug recipe: each pair is a two-class problem, nothing is normalised over the batch.
 
-  bash launch/local.sh --config=configs/siglip.py
+    bash launch/local.sh --config=configs/siglip.py
 
-Temperature 0.1 and bias -10 are the paper's start (§3.2).
+Temperature 0.1 and bias -10 are the paper's initial values (§3.2).
 """
 
 from ml_collections import ConfigDict

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Trains on this machine: CPU, or one GPU where one is. Nothing else is needed than python3 and pip.
+# Trains on this machine, on its CPU or on one GPU if it has any. Needs only python3 and pip.
 #
-#   bash launch/local.sh                                          the debug recipe on the embedded data
-#   bash launch/local.sh --config=configs/X.py --config.key=value anything else; --workdir=DIR to choose the folder
+#   bash launch/local.sh                                             the debug recipe, on text of this Python installation
+#   bash launch/local.sh --config=configs/X.py --config.key=value    any recipe and values; --workdir=DIR chooses the folder
 #
-# What is there is reused: the virtual environment, the data, and a run's checkpoints (it resumes).
-# PYTHON chooses the interpreter, VENV the virtual environment (.venv).
+# Run again, it reuses the virtual environment and the data, and the run continues from its newest checkpoint.
+# Environment variables: PYTHON, the interpreter (python3); VENV, the folder of the virtual environment (.venv).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-config=configs/debug.py
+config=""
 workdir=""
 data=""
 for argument in "$@"; do
@@ -23,6 +23,10 @@ for argument in "$@"; do
     --config.data.dir=*) data="${argument#*=}" ;;
   esac
 done
+if [[ -z "$config" ]]; then
+  config=configs/debug.py
+  set -- "--config=$config" "$@"
+fi
 name="$(basename "${config%%:*}" .py)"
 variant="${config#"${config%%:*}"}"
 if [[ -z "$workdir" ]]; then
@@ -38,21 +42,22 @@ fi
 source launch/setup.sh "$extra"
 
 if [[ -z "$data" && ! -e data/python/manifest.json ]]; then
-  echo "== preparing the embedded data in data/python"
-  python -m contrastive_jax.prepare --python --output=data/python --vocab_size=8192 --validation_fraction=0.1
+  echo "== preparing text of this Python installation in data/python"
+  python -m contrastive_jax prepare --python --output=data/python --vocab_size=8192 --validation_fraction=0.1
 fi
 
-# XLA's CPU client takes fresh memory for every buffer. Huge pages, kept instead of given back, halve the cost of the page faults.
+# XLA's CPU client allocates fresh memory for every buffer. Huge pages that are kept, not given back, halve the page faults' cost.
 tunables=glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=34359738368:glibc.malloc.arena_max=1
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:-$tunables}"
 export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}"
 
 echo "== training $config in $workdir"
-python -m contrastive_jax.train "$@"
+python -m contrastive_jax train "$@"
 
 echo "== the query-key test"
-python -m contrastive_jax.evaluate "--model=$workdir" --tasks=query_key --baselines
+python -m contrastive_jax evaluate "--model=$workdir" --tasks=query_key --baselines
 echo
 echo "checkpoints:  $workdir/checkpoints"
 echo "results:      $workdir/query_key.json"
-echo "curves:       $VIRTUAL_ENV/bin/tensorboard --logdir=$workdir"
+printf 'curves:       %q --logdir=%q\n' "$VIRTUAL_ENV/bin/tensorboard" "$workdir"
+printf 'export:       %q -m contrastive_jax export --model=%q --output=%q\n' "$VIRTUAL_ENV/bin/python" "$workdir" "exported/$name${variant/:/-}"

@@ -7,64 +7,66 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 XLA_FLAGS = "--xla_force_host_platform_device_count={} --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = XLA_FLAGS.format(8)
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 import importlib
 import json
 import pathlib
+import random
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from absl import flags
-from array_record.python import array_record_module
 from ml_collections import ConfigDict
 
-from contrastive_jax import cli, train
+from contrastive_jax.commands import cli, train
+from contrastive_jax.config import UserError
+from contrastive_jax.data import FORMAT, store
 
+pytest_plugins = ["cloud.emulators", "launch.machines"]
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="contrastive_jax-")  # where evaluate keeps vectors
 ROOT = pathlib.Path(__file__).parent.parent
 RESERVED = {"pad": 0, "bos": 1, "eos": 2, "mask": 3, "x_open": 4, "x_close": 5, "y_open": 6, "y_close": 7}
 VOCAB = 320
+# All recipes, as (name, argument of get_config).
+VARIANTS = {"cpt_text": ["s"]}
+RECIPES = [
+    (name, arg) for name in sorted(path.stem for path in (ROOT / "configs").glob("*.py")) for arg in VARIANTS.get(name, [""])
+]
 
 
-def write_dataset(root: pathlib.Path, sizes: dict[str, list[int]], seed: int = 0) -> pathlib.Path:
-    """A prepared dataset with windows of these sizes per split; token t of window w is a function of w and t.
+def write_dataset(
+    root: pathlib.Path, sizes: dict[str, list[int]], seed: int = 0, domains: Sequence[str] = ("a", "b")
+) -> pathlib.Path:
+    """A prepared dataset with records of these sizes per split, in two file shards; records 2i and 2i + 1 are of document i.
 
-    Windows 2i and 2i + 1 are of one document; domains "a" and "b" take turns by document.
+    The domains take turns by document. A file shard holds the records of the first domain before those of the next.
     """
     rng = np.random.default_rng(seed)
     folder = root / "pile" / "1.0.0"
     folder.mkdir(parents=True)
     for split, lengths in sizes.items():
-        shards = [lengths[: len(lengths) // 2], lengths[len(lengths) // 2 :]]
-        for number, shard in enumerate(shards):
-            path = folder / f"pile-{split}.array_record-{number:05d}-of-00002"
-            writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
-            for length in shard:
-                # A topic a window: neighbouring spans share rare tokens, so that there is something to learn.
-                topic = rng.integers(8, VOCAB, size=12)
-                tokens = np.where(rng.random(length) < 0.5, rng.choice(topic, length), rng.integers(8, VOCAB, length))
-                feature = {
-                    "tokens": tf.train.Feature(bytes_list=tf.train.BytesList(value=[tokens.astype(np.uint16).tobytes()]))
-                }
-                writer.write(tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString())
-            writer.close()
-        document = np.arange(len(lengths), dtype=np.int32) // 2
-        np.savez(
-            root / f"index-{split}.npz",
-            length=np.array(lengths, np.int32),
-            document=document,
-            domain=document % 2,
-            domains=np.array(["a", "b"]),
-        )
-    manifest = {"format": 2, "window": 96, "vocab_size": VOCAB, "reserved": RESERVED, "content_hash": f"test{seed}"}
-    (root / "manifest.json").write_text(json.dumps(manifest | {"splits": {split: {} for split in sizes}}))
+        records = []
+        for number, length in enumerate(lengths):
+            # A topic per record: neighbouring spans share rare tokens, so that there is something to learn.
+            topic = rng.integers(8, VOCAB, size=12)
+            tokens = np.where(rng.random(length) < 0.5, rng.choice(topic, length), rng.integers(8, VOCAB, length))
+            document = number // 2
+            records.append(store.Record(tokens, f"{document:08x}{'0' * 24}", document % len(domains), number % 2 * 96))
+        indexes = []
+        for number, shard in enumerate((records[: len(records) // 2], records[len(records) // 2 :])):
+            path = root / store.NAME.format(split=split, number=number, count=2)
+            indexes.append(store.write_file_shard(path, sorted(shard, key=lambda record: record.domain), domains, VOCAB))
+        store.write_index(root, split, indexes)
+    manifest = {"format": FORMAT, "window": 96, "vocab_size": VOCAB, "reserved": RESERVED, "content_hash": f"test{seed}"}
+    manifest |= {"domains": list(domains), "splits": {split: {} for split in sizes}}
+    (root / "manifest.json").write_text(json.dumps(manifest))
     return root
 
 
@@ -109,11 +111,11 @@ def wait_for(condition: Callable[[], object], seconds: int = 120) -> None:
 def command(dataset: pathlib.Path, workdir: pathlib.Path, *more: str, name: str = "debug") -> list[str]:
     """The training of a shrunk recipe."""
     changed = [f"--config=configs/{name}.py", *overrides(name, dataset)]
-    return [sys.executable, "-m", "contrastive_jax.train", f"--workdir={workdir}", *changed, *more]
+    return [sys.executable, "-m", "contrastive_jax", "train", f"--workdir={workdir}", *changed, *more]
 
 
 def evaluation(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "contrastive_jax.evaluate", *arguments]
+    return [sys.executable, "-m", "contrastive_jax", "evaluate", *arguments]
 
 
 def start(arguments: list[str], devices: int = 1) -> subprocess.Popen:
@@ -133,13 +135,19 @@ def finish(*processes: subprocess.Popen, status: int = 0) -> list[str]:
 
 
 def free_address() -> str:
-    """HOST:PORT on this machine, of a port that is free with the one below it."""
+    """HOST:PORT on this machine, of a port that is free with the one below it.
+
+    Each worker of pytest-xdist has a range of its own, below the ports that the system gives to clients, so that nobody else
+    takes the port between this check and its use.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
+    low, high = (10_000 + 1000 * (int(worker) % 20), 1000) if worker else (10_000, 20_000)
     while True:
-        with socket.socket() as one, socket.socket() as below:
-            one.bind(("127.0.0.1", 0))
-            port = one.getsockname()[1]
+        port = low + random.randrange(1, high)
+        with socket.socket() as upper, socket.socket() as lower:
             try:
-                below.bind(("127.0.0.1", port - 1))
+                upper.bind(("127.0.0.1", port))
+                lower.bind(("127.0.0.1", port - 1))
             except OSError:
                 continue
             return f"127.0.0.1:{port}"
@@ -164,11 +172,13 @@ def refusal(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytes
     flags.FLAGS.unparse_flags()
     for name in [name for name in flags.FLAGS if name.startswith("config.")]:
         delattr(flags.FLAGS, name)  # overrides of the time before
-    argv = cli.arrange(arguments[2:], "configs/debug.py")
+    if "workdir" not in flags.FLAGS:
+        train.define_flags()
+    argv = ["contrastive-jax train", *cli.config_first(arguments[4:])]
     monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks for overrides
     with pytest.raises(SystemExit) as ended:
-        train.main(cli.parse(argv))
-    assert ended.value.code == cli.USER_ERROR
+        cli.start(train, cli.parse_or_exit(argv))
+    assert ended.value.code == UserError.status
     err = capsys.readouterr().err
     assert "Traceback" not in err
     last = err.strip().splitlines()[-1]
@@ -178,7 +188,7 @@ def refusal(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """150 training windows of 5 to 96 tokens, 60 held-out windows of 40 to 96."""
+    """150 training records of 5 to 96 tokens, 60 held-out records of 40 to 96."""
     rng = np.random.default_rng(1)
     sizes = {"train": rng.integers(5, 97, 150).tolist(), "validation": rng.integers(40, 97, 60).tolist()}
     return write_dataset(tmp_path_factory.mktemp("prepared"), sizes)

@@ -5,19 +5,21 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from contrastive_jax.objectives import pairs
+from contrastive_jax.objectives.pairs import PairIds
+from contrastive_jax.objectives.tiles import MASKED
 
 
-def kept_rows(text: np.ndarray) -> np.ndarray:
-    """Whether each row's texts occur in no earlier row, bool[b]."""
+def kept_rows(span_hash: np.ndarray) -> np.ndarray:
+    """Whether each pair's spans occur in no earlier pair, bool[b]."""
     seen: set = set()
-    return np.array([not (tuple(row) in seen or seen.add(tuple(row))) for row in text.tolist()])
+    return np.array([not (tuple(row) in seen or seen.add(tuple(row))) for row in span_hash.tolist()])
 
 
-def negatives(config: ConfigDict, doc: np.ndarray, text: np.ndarray, shards: int) -> tuple[np.ndarray, np.ndarray]:
+def negatives(config: ConfigDict, ids: PairIds, shards: int, hard_negatives: int) -> tuple[np.ndarray, np.ndarray]:
     """Which keys are negatives of which anchors, bool[b b k], by looking at every pair; and which rows count, bool[b]."""
+    doc, text = ids.document, ids.span_hash
     b, views = text.shape
-    p = views - 1 - config.hard_negatives
+    p = views - 1 - hard_negatives
     keep = kept_rows(text) if config.mask_duplicates else np.ones(b, bool)
     allowed = np.zeros((b, b, views - 1), bool)
     for i in range(b):
@@ -34,25 +36,25 @@ def negatives(config: ConfigDict, doc: np.ndarray, text: np.ndarray, shards: int
     return allowed, keep
 
 
-def loss(config: ConfigDict, z: jax.Array, doc: np.ndarray, text: np.ndarray, params: dict, shards: int = 1) -> jax.Array:
-    """The loss float32[] of z[b v e]; shards > 1: negatives from one's own share of the batch alone."""
-    return parts(config, z, doc, text, params, shards).sum()
+def loss(config: ConfigDict, z: jax.Array, ids: PairIds, params: dict, shards: int = 1, hard_negatives: int = 0) -> jax.Array:
+    """The loss float32[] of z[b v e]; shards > 1: negatives come from one's own share of the batch alone."""
+    return parts(config, z, ids, params, shards, hard_negatives).sum()
 
 
-def parts(config: ConfigDict, z: jax.Array, doc: np.ndarray, text: np.ndarray, params: dict, shards: int = 1) -> jax.Array:
+def parts(config: ConfigDict, z: jax.Array, ids: PairIds, params: dict, shards: int = 1, hard_negatives: int = 0) -> jax.Array:
     """What each anchor and each positive contributes to the loss; they may have either sign and cancel."""
-    allowed, keep = negatives(config, doc, text, shards)
-    p = text.shape[1] - 1 - config.hard_negatives
-    found, weights = [], 0.0
+    allowed, keep = negatives(config, ids, shards, hard_negatives)
+    p = ids.span_hash.shape[1] - 1 - hard_negatives
+    of_prefixes, weights = [], 0.0
     for size, weight in config.matryoshka or ((z.shape[-1], 1.0),):
-        cut = z[..., :size]
-        cut = cut / jnp.sqrt(jnp.square(cut).sum(-1, keepdims=True)) if size < z.shape[-1] else cut
-        found.append(weight * whole(config, cut, jnp.asarray(allowed), jnp.asarray(keep), p, params))
+        prefix = z[..., :size]
+        prefix = prefix / jnp.sqrt(jnp.square(prefix).sum(-1, keepdims=True)) if size < z.shape[-1] else prefix
+        of_prefixes.append(weight * parts_of_prefix(config, prefix, jnp.asarray(allowed), jnp.asarray(keep), p, params))
         weights += weight
-    return jnp.concatenate(found) / weights
+    return jnp.concatenate(of_prefixes) / weights
 
 
-def whole(config: ConfigDict, z: jax.Array, allowed: jax.Array, keep: jax.Array, p: int, params: dict) -> jax.Array:
+def parts_of_prefix(config: ConfigDict, z: jax.Array, allowed: jax.Array, keep: jax.Array, p: int, params: dict) -> jax.Array:
     """The parts of one prefix of the embeddings."""
     b = len(z)
     similarity = jnp.einsum("ie,jce->ijc", z[:, 0], z[:, 1:])
@@ -63,16 +65,16 @@ def whole(config: ConfigDict, z: jax.Array, allowed: jax.Array, keep: jax.Array,
         in_rows = allowed & (similarity <= (own_similarity.max(1) + config.mask_margin)[:, None, None])
         limit = jnp.concatenate([own_similarity + config.mask_margin, jnp.full((b, allowed.shape[2] - p), jnp.inf)], axis=1)
         in_columns = allowed & (similarity <= limit)
-    each = [one(config, own, s.reshape(b, 1, -1), in_rows.reshape(b, 1, -1))]
+    directions = [losses(config, own, s.reshape(b, 1, -1), in_rows.reshape(b, 1, -1))]
     if config.symmetric and config.name != "siglip":
         # Anchors are the keys of a positive: [j p i].
-        each.append(one(config, own, s.transpose(1, 2, 0)[:, :p], in_columns.transpose(1, 2, 0)[:, :p]))
-    return jnp.stack([jnp.where(keep[:, None], value, 0) / (keep.sum() * p * len(each)) for value in each]).ravel()
+        directions.append(losses(config, own, s.transpose(1, 2, 0)[:, :p], in_columns.transpose(1, 2, 0)[:, :p]))
+    return jnp.stack([jnp.where(keep[:, None], value, 0) / (keep.sum() * p * len(directions)) for value in directions]).ravel()
 
 
-def one(config: ConfigDict, positive: jax.Array, others: jax.Array, allowed: jax.Array) -> jax.Array:
+def losses(config: ConfigDict, positive: jax.Array, others: jax.Array, allowed: jax.Array) -> jax.Array:
     """Losses [b p] of positives [b p] against their negatives among others [b p|1 n]."""
-    masked = jnp.where(allowed, others, pairs.distributed.MASKED)
+    masked = jnp.where(allowed, others, MASKED)
     if config.name == "siglip":
         return jax.nn.softplus(-positive) + jax.nn.softplus(masked).sum(-1)
     ratio = jnp.where(allowed.any(-1), jax.nn.logsumexp(masked, axis=-1) - positive, 0)

@@ -1,115 +1,123 @@
-"""Several spans in a row: the spans of `pack_pairs` pairs share `pack_rows` rows in each view, none is cut in two.
+"""Packing: the spans of `pack_pairs` pairs share `pack_rows` rows per view, and no span is split over two rows.
 
-Which rows is decided by first fit, longest first. A group too long for its rows has its longest spans cut to a common length,
-the greatest found that fits. Dimensions: n groups, g spans of a group, r rows of a group, v views, l tokens of a row.
+Each span goes into the first row that has room for it, the longest span first. If the spans of a group do not fit, its longest
+spans are shortened to the greatest common length found that fits.
+
+Dimensions: b pairs, v views, g groups, p pairs of a group, r rows of a group per view, l tokens of a row; n groups of one view.
 """
 
 from typing import NamedTuple
 
-import tensorflow as tf
+import numpy as np
 from ml_collections import ConfigDict
 
-# Halvings of the interval in which the common length is searched.
+from contrastive_jax.config import UserError
+from contrastive_jax.data import spans
+
+# How often the interval in which the common length is searched is halved.
 HALVINGS = 6
 
 
-def check(config: ConfigDict, min_size: int) -> None:
-    """Raises ValueError, naming the key, if spans of at least `min_size` tokens cannot be packed as `config.data` says."""
+def check_rows(config: ConfigDict, min_span: int) -> None:
+    """Checks that the rows of a group can hold its spans, whatever their sizes.
+
+    Args:
+      config: `config.data`.
+      min_span: the tokens of the shortest span, without delimiters; longer spans may be shortened to it.
+
+    Raises:
+      UserError: the values contradict each other; the message names the key.
+    """
     pairs, rows, batch, length = config.pack_pairs, config.pack_rows, config.batch_size, config.length
-    if not 1 <= rows <= pairs:
-        raise ValueError(f"config.data.pack_rows={rows}, pack_pairs={pairs}: need 1 <= pack_rows <= pack_pairs")
+    min_size = min_span + spans.delimiter_count(config)
+    if rows > pairs:
+        raise UserError(f"config.data.pack_rows={rows}: must not be above config.data.pack_pairs={pairs}; lower it")
     if batch % pairs:
-        raise ValueError(f"config.data.pack_pairs={pairs} must divide config.data.batch_size={batch}")
+        raise UserError(f"config.data.pack_pairs={pairs}: must divide config.data.batch_size={batch}; change either")
     if always_fits(pairs, rows, length) < min_size:
-        raise ValueError(
-            f"config.data.pack_rows={rows}: {pairs} spans of {min_size} tokens (with delimiters) and more need more rows of "
+        raise UserError(
+            f"config.data.pack_rows={rows}: {pairs} spans of at least {min_size} tokens (with delimiters) need more rows of "
             f"config.data.length={length}; raise it, or lower config.data.pack_pairs"
         )
 
 
 def always_fits(pairs: int, rows: int, length: int) -> int:
-    """The greatest size of a span that fits whatever the others are."""
+    """Returns the greatest size at which the spans of a group fit, whatever the sizes of the others."""
     return length // -(-pairs // rows)
 
 
-class Places(NamedTuple):
-    """Where the spans of each group lie.
+class Positions(NamedTuple):
+    """Where the spans of a batch lie: one position per span.
 
     Attributes:
-      row: int32[n g], the row of the group.
-      start: int32[n g], the first token in it.
-      fits: bool[n], whether all of the group found a place; the places of a group that does not are meaningless.
+      row: int64[g v p], the row among those of its group and view.
+      start: int64[g v p], the first token of the span in that row.
     """
 
-    row: tf.Tensor
-    start: tf.Tensor
-    fits: tf.Tensor
+    row: np.ndarray
+    start: np.ndarray
 
 
-def first_fit(size: tf.Tensor, rows: int, length: int) -> Places:
-    """Places spans of int32[n g] tokens, the longest first, each in the first of `rows` rows that has room."""
-    n, g = tf.unstack(tf.shape(size))
-    order = tf.argsort(size, axis=1, direction="DESCENDING", stable=True)
-    by_size = tf.transpose(tf.gather(size, order, batch_dims=1))
-
-    def place(before: tuple, one: tf.Tensor) -> tuple:
-        free, _, _, fits = before
-        room = free >= one[:, None]
-        row = tf.argmax(room, axis=1, output_type=tf.int32)
-        start = length - tf.gather(free, row, batch_dims=1)
-        left = free - tf.one_hot(row, rows, dtype=tf.int32) * one[:, None]
-        return left, row, start, fits & tf.reduce_any(room, axis=1)
-
-    nothing = tf.zeros([n], tf.int32)
-    steps = tf.scan(place, by_size, (tf.fill([n, rows], length), nothing, nothing, tf.fill([n], True)))
-    back = tf.argsort(order, axis=1)
-    row, start = (tf.gather(tf.transpose(x), back, batch_dims=1) for x in steps[1:3])
-    return Places(row, start, steps[3][g - 1])
-
-
-def shorten(size: tf.Tensor, rows: int, length: int) -> tf.Tensor:
-    """Sizes int32[n g] that fit: those of a group that does not are cut to the greatest common length found."""
-    fits = first_fit(size, rows, length).fits
-    low = tf.fill(tf.shape(fits), always_fits(size.shape[1], rows, length))
-    high = tf.reduce_max(size, axis=1)
-
-    def halve(low: tf.Tensor, high: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        middle = (low + high) // 2
-        fit = first_fit(tf.minimum(size, middle[:, None]), rows, length).fits
-        return tf.where(fit, middle, low), tf.where(fit, high, middle)
-
-    low, _ = tf.while_loop(lambda *_: True, halve, (low, high), maximum_iterations=HALVINGS)
-    return tf.where(fits[:, None], size, tf.minimum(size, low[:, None]))
-
-
-def pack(tokens: tf.Tensor, mask: tf.Tensor, pairs: int, rows: int) -> tuple[tf.Tensor, tf.Tensor]:
-    """Puts spans into rows.
+def first_fit(size: np.ndarray, rows: int, length: int) -> tuple[Positions, np.ndarray]:
+    """Finds a position for each span, the longest first: each goes into the first row of its group that has room for it.
 
     Args:
-      tokens: int32[n·g v l], one span a row; the spans of each g rows, cut by `shorten`, go together.
-      mask: bool[n·g v l], True on the span, which begins at 0.
-      pairs: g.
-      rows: r.
+      size: int32[n p], the sizes of the p spans of n groups.
+      rows: r, the rows of a group.
+      length: l, the tokens of a row.
 
     Returns:
-      tokens int32[n·r v l] and segment int32[n·r v l]: 1 … g where a span of the group lies, 0 where none does.
+      The positions, each [n p], and fits bool[n]: whether every span of the group has a position. The positions of a group that
+      does not fit are meaningless.
     """
+    n, p = size.shape
+    order = np.argsort(-size, axis=1, kind="stable")
+    by_size = np.take_along_axis(size, order, axis=1).T
+    free, fits = np.full((n, rows), length), np.ones(n, bool)
+    row, start = np.empty((2, p, n), np.int64)
+    groups = np.arange(n)
+    for i, next_size in enumerate(by_size):  # over the spans of a group, for all groups at once
+        room = free >= next_size[:, None]
+        row[i] = room.argmax(axis=1)
+        start[i] = length - free[groups, row[i]]
+        fits &= room[groups, row[i]]
+        free[groups, row[i]] -= next_size
+    original_order = np.argsort(order, axis=1)
+    return Positions(*(np.take_along_axis(x.T, original_order, axis=1) for x in (row, start))), fits
+
+
+def shorten(size: np.ndarray, rows: int, length: int) -> np.ndarray:
+    """Returns sizes int32[n p] at which n groups that do not fit do: the longest spans of a group get one common length."""
+    low = np.full(len(size), always_fits(size.shape[1], rows, length))
+    high = size.max(axis=1)
+    for _ in range(HALVINGS):
+        middle = (low + high) // 2
+        _, fits = first_fit(np.minimum(size, middle[:, None]), rows, length)
+        low, high = np.where(fits, middle, low), np.where(fits, high, middle)
+    return np.minimum(size, low[:, None])
+
+
+def fit(size: np.ndarray, pairs: int, rows: int, length: int) -> tuple[np.ndarray, Positions]:
+    """Decides how long the spans of a batch are and where they lie.
+
+    Args:
+      size: int32[b v], the tokens asked for each span, delimiters included.
+      pairs: p, the pairs of a group; it divides b.
+      rows: r, the rows of a group per view.
+      length: l, the tokens of a row.
+
+    Returns:
+      Sizes int64[b v], none greater than asked for, and the positions [g v p] of spans of these sizes.
+    """
+    views = size.shape[1]
     if (pairs, rows) == (1, 1):
-        return tokens, tf.cast(mask, tf.int32)
-    views, length = tokens.shape[1:]
-    # [n·g v l] → [n·v g l]: views are packed apart, so that either can be encoded without the other.
-    apart = [
-        tf.reshape(tf.transpose(tf.reshape(x, [-1, pairs, views, length]), [0, 2, 1, 3]), [-1, pairs, length])
-        for x in (tokens, mask)
-    ]
-    places = first_fit(tf.reduce_sum(tf.cast(apart[1], tf.int32), axis=2), rows, length)
-    which = tf.cast(tf.where(apart[1]), tf.int32)  # [t 3]: group and view, span, token
-    group, span, token = tf.unstack(which, axis=1)
-    at = which[:, :2]
-    index = tf.stack([group, tf.gather_nd(places.row, at), tf.gather_nd(places.start, at) + token], axis=1)
-    shape = [tf.shape(tokens)[0] // pairs * views, rows, length]
-    filled = (tf.scatter_nd(index, values, shape) for values in (tf.gather_nd(apart[0], which), span + 1))
-    packed = [
-        tf.reshape(tf.transpose(tf.reshape(x, [-1, views, rows, length]), [0, 2, 1, 3]), [-1, views, length]) for x in filled
-    ]
-    return packed[0], packed[1]
+        zeros = np.zeros((len(size), views, 1), np.int64)
+        return size.astype(np.int64), Positions(zeros, zeros)
+    # [b v] → [g v p] → [g·v p]: each view is packed alone, so that it can be encoded without the others.
+    by_view = size.astype(np.int64).reshape(-1, pairs, views).transpose(0, 2, 1).reshape(-1, pairs)
+    positions, fits = first_fit(by_view, rows, length)
+    if not fits.all():
+        by_view[~fits] = shorten(by_view[~fits], rows, length)
+        positions, _ = first_fit(by_view, rows, length)
+    row, start = (x.reshape(-1, views, pairs) for x in positions)
+    return by_view.reshape(-1, views, pairs).transpose(0, 2, 1).reshape(-1, views), Positions(row, start)

@@ -1,1 +1,1 @@
-"""Evaluations of a trained encoder."""
+"""Evaluations: one file per task, one table of tasks, results with the protocol that decided them."""

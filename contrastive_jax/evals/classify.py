@@ -1,37 +1,54 @@
 """Classification with frozen embeddings: a linear probe, nearest neighbours, nearest label.
 
-Data (`senteval`): a folder with train.jsonl and test.jsonl, or all.jsonl (folds), an object with text and label a line; or a
+Data (`senteval`): a folder with train.jsonl and test.jsonl, or all.jsonl (folds), each line an object with text and label; or a
 SentEval task's folder; or tfds:NAME. labels.json, for zero-shot, may give {"label": "its text"} and {"prompt": "a {} review"}.
 
 References:
   SentEval (Conneau and Kiela, https://arxiv.org/abs/1803.05449): the probe and its folds
   CPT-text (https://arxiv.org/abs/2201.10005), §3.1.2: zero-shot and k-nearest-neighbour classification
+
+Dimensions: n texts, e embedding.
 """
 
+import functools
 import itertools
-import json
 import warnings
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
-from absl import logging
 from etils import epath
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, train_test_split
 
+from contrastive_jax import files
+from contrastive_jax.config import UserError
 from contrastive_jax.evals import baselines, senteval
+from contrastive_jax.evals.results import Rows
+from contrastive_jax.evals.task import Task
+from contrastive_jax.evals.vectors import Data, Encode, Vectors, make_vector_task
+from contrastive_jax.runtime.progress import Progress
 
 FOLDS = 10
 # Inverse strengths of L2, chosen on a tenth of the training part.
 STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 NEIGHBOURS = 256
+BLOCK = 1024  # texts classified at once by their neighbours
+
+# (z[n e], labels str[n], positions to train on, to tune on, to test on) → accuracy on the last
+Classifier = Callable[[Any, np.ndarray, np.ndarray, np.ndarray, np.ndarray], float]
 
 
-class Texts(NamedTuple):
-    """Labelled texts, or pairs of texts (`second`, else empty), and how they are cut: places to train, tune and test on.
+class LabelledTexts(NamedTuple):
+    """Labelled texts, or pairs of texts, and how they are split.
 
-    Where the set names no part to tune on, that one is empty and a tenth of the training part is taken for it.
+    Attributes:
+      texts: n texts.
+      second: the other text of each pair; empty where the data are single texts.
+      labels: str[n].
+      splits: (train, tune, test), int64 positions, per fold. The middle one is empty where the data name no part to tune on; a
+        tenth of the training part is then taken for it.
     """
 
     texts: list[str]
@@ -40,99 +57,122 @@ class Texts(NamedTuple):
     splits: list[tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 
-def read(data: epath.Path | str) -> Texts:
-    """A folder's texts, or those of "tfds:NAME", with their own split or ten folds (seed 0, the classes' shares kept).
+def read_labelled_texts(data: Data) -> LabelledTexts:
+    """Reads a folder or "tfds:NAME", with its own split or ten stratified folds (seed 0).
 
     Raises:
-      ValueError: files are missing, or a class is too rare for the folds.
+      UserError: files are missing, or a class is too rare for the folds.
     """
     name = str(data)
-    found = senteval.from_tfds(name.removeprefix("tfds:")) if name.startswith("tfds:") else senteval.parts(epath.Path(data))
-    texts, labels, second = ([x for part in found for x in part[column]] for column in range(3))
+    is_tfds = name.startswith("tfds:")
+    parts = senteval.read_tfds_parts(name.removeprefix("tfds:")) if is_tfds else senteval.read_parts(epath.Path(data))
+    texts, labels, second = ([value for part in parts for value in part[column]] for column in range(3))
     if second and len(second) != len(texts):
-        raise ValueError(f"--data={data}: some texts have a text2 and others have none")
+        raise UserError(f"--data={data}: some texts have a text2 and others have none")
     names = np.array(labels)
-    if len(found) > 1:
-        cuts = np.cumsum([0, *(len(part.texts) for part in found)])
-        places = [np.arange(start, end) for start, end in itertools.pairwise(cuts)]
-        train, *tune, test = places
-        return Texts(texts, second, names, [(train, tune[0] if tune else np.arange(0), test)])
+    if len(parts) > 1:
+        bounds = np.cumsum([0, *(len(part.texts) for part in parts)])
+        train, *tune, test = [np.arange(start, end) for start, end in itertools.pairwise(bounds)]
+        return LabelledTexts(texts, second, names, [(train, tune[0] if tune else np.arange(0), test)])
     _, counts = np.unique(names, return_counts=True)
     if len(counts) < 2 or counts.min() < FOLDS:
-        raise ValueError(f"--data={data}: {FOLDS} folds need two labels or more, each {FOLDS} times or more")
+        raise UserError(f"--data={data}: {FOLDS} folds need two labels or more, each {FOLDS} times or more")
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0).split(texts, names)
-    return Texts(texts, second, names, [(train, np.arange(0), test) for train, test in folds])
+    return LabelledTexts(texts, second, names, [(train, np.arange(0), test) for train, test in folds])
 
 
-def probe(z: np.ndarray, labels: np.ndarray, train: np.ndarray, tune: np.ndarray, test: np.ndarray) -> float:
-    """Accuracy of logistic regression on z[n e]; its L2 is chosen on the part to tune on, or a tenth of the training part."""
+def all_texts(data: Data) -> list[str]:
+    """Returns all texts of the data."""
+    labelled = read_labelled_texts(data)
+    return [*labelled.texts, *labelled.second]
 
-    def fit(strength: float, places: np.ndarray) -> LogisticRegression:
+
+def probe(z: Any, labels: np.ndarray, train: np.ndarray, tune: np.ndarray, test: np.ndarray) -> float:
+    """Returns the accuracy of logistic regression, its L2 chosen on the part to tune on or a tenth of the training part."""
+
+    def fit(strength: float, positions: np.ndarray) -> LogisticRegression:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # a thousand steps are near enough
-            return LogisticRegression(C=strength, max_iter=1000).fit(z[places], labels[places])
+            return LogisticRegression(C=strength, max_iter=1000).fit(z[positions], labels[positions])
 
-    inner, held = (train, tune) if len(tune) else train_test_split(train, test_size=0.1, random_state=0)
-    best = max(STRENGTHS, key=lambda strength: (fit(strength, inner).score(z[held], labels[held]), -strength))
+    inner, held_out = (train, tune) if len(tune) else train_test_split(train, test_size=0.1, random_state=0)
+    best = max(STRENGTHS, key=lambda strength: (fit(strength, inner).score(z[held_out], labels[held_out]), -strength))
     return float(fit(best, train).score(z[test], labels[test]))
 
 
-def knn(z: np.ndarray, labels: np.ndarray, train: np.ndarray, tune: np.ndarray, test: np.ndarray) -> float:
-    """Accuracy of the most frequent label of the 256 nearest of the training part; of equally frequent ones the nearest's."""
+def knn(z: Any, labels: np.ndarray, train: np.ndarray, tune: np.ndarray, test: np.ndarray) -> float:
+    """Returns the accuracy of the most frequent label among the 256 nearest training texts; at a tie, the nearest one's."""
     del tune  # nothing is chosen
     names, numbers = np.unique(labels, return_inverse=True)
     k = min(NEIGHBOURS, len(train))
-    right = 0
-    for start in range(0, len(test), 1024):
-        block = test[start : start + 1024]
-        nearest = np.argsort(-baselines.products(z[block], z[train]), axis=1, kind="stable")[:, :k]
+    correct = 0
+    for start in range(0, len(test), BLOCK):
+        block = test[start : start + BLOCK]
+        nearest = np.argsort(-baselines.dot_products(z[block], z[train]), axis=1, kind="stable")[:, :k]
         votes = numbers[train][nearest]
         counts = np.stack([(votes == number).sum(1) for number in range(len(names))], axis=1)
         leading = counts[np.arange(len(block))[:, None], votes] == counts.max(1, keepdims=True)
         chosen = votes[np.arange(len(block)), leading.argmax(1)]
-        right += int((chosen == numbers[block]).sum())
-    return right / len(test)
+        correct += int((chosen == numbers[block]).sum())
+    return correct / len(test)
 
 
-def zero_shot(encode: baselines.Encode, z: np.ndarray, labels: np.ndarray, data: epath.Path) -> dict[str, float]:
-    """Accuracy of the label whose text is nearest, bare and, where labels.json has one, in a prompt."""
-    path = data / "labels.json"
-    said = json.loads(path.read_text()) if path.exists() else {}
-    names, numbers = np.unique(labels, return_inverse=True)
-    texts = [str(said.get(name, name)) for name in names]
-    wordings = {"zero_shot": texts}
-    if "prompt" in said:
-        wordings["zero_shot_prompt"] = [said["prompt"].format(text) for text in texts]
-    return {name: float((baselines.products(z, encode(words)).argmax(1) == numbers).mean()) for name, words in wordings.items()}
-
-
-def evaluate(encode: baselines.Encode, data: epath.Path | str, tasks: tuple[str, ...]) -> dict[str, dict[str, float]]:
-    """Scores a model: task → accuracy, and over folds its standard deviation.
+def score_classifier(name: str, classifier: Classifier, encode: Encode, data: Data) -> Rows:
+    """Scores a classifier on the vectors of texts, or (the probe) of pairs: {name: accuracy, and its deviation over folds}.
 
     Raises:
-      ValueError: the data are not as they should be.
+      UserError: the data are not as they should be.
     """
-    found = read(data)
-    z = encode(found.texts)
-    if found.second:
-        if tasks != ("probe",):
-            raise ValueError(f"--data={data}: pairs of texts; only --tasks=probe takes them")
-        z = senteval.pair_features(z, encode(found.second))
-    rows: dict[str, dict[str, float]] = {}
-    for task, score in (("probe", probe), ("knn", knn)):
-        if task in tasks:
-            accuracies = []
-            for number, split in enumerate(found.splits, 1):
-                accuracies.append(score(z, found.labels, *split))
-                logging.info("%s %d of %d: %.2f", task, number, len(found.splits), 100 * accuracies[-1])
-            rows[task] = {"accuracy": float(np.mean(accuracies)), "deviation": float(np.std(accuracies))}
-    if "zero_shot" in tasks:
-        named = zero_shot(encode, z, found.labels, epath.Path(data))
-        rows |= {name: {"accuracy": value, "deviation": 0.0} for name, value in named.items()}
+    labelled = read_labelled_texts(data)
+    z = encode(labelled.texts, "query")
+    if labelled.second:
+        if name != "probe":
+            raise UserError(f"--data={data}: pairs of texts; only --tasks=probe takes them")
+        z = senteval.pair_features(z, encode(labelled.second, "query"))
+    if any(len(np.unique(labelled.labels[train])) < 2 for train, _, _ in labelled.splits):
+        raise UserError(f"--data={data}: all training texts have one label; give two labels or more")
+    accuracies: list[float] = []
+    with Progress(name, total=len(labelled.splits), unit="splits") as progress:
+        for split in labelled.splits:
+            accuracies.append(classifier(z, labelled.labels, *split))
+            progress.advance(note=f"accuracy {100 * np.mean(accuracies):.2f}")
+    return {name: {"accuracy": float(np.mean(accuracies)), "deviation": float(np.std(accuracies))}}
+
+
+def score_zero_shot(encode: Encode, data: Data) -> Rows:
+    """Scores the label whose text is nearest, bare and, where labels.json has a prompt, in it.
+
+    Raises:
+      UserError: the data are not as they should be, or are pairs.
+    """
+    labelled = read_labelled_texts(data)
+    if labelled.second:
+        raise UserError(f"--data={data}: pairs of texts; only --tasks=probe takes them")
+    z: Vectors = encode(labelled.texts, "query")
+    label_texts = files.read_json(epath.Path(data) / "labels.json")
+    names, numbers = np.unique(labelled.labels, return_inverse=True)
+    texts = [str(label_texts.get(name, name)) for name in names]
+    wordings = {"zero_shot": texts}
+    if "prompt" in label_texts:
+        wordings["zero_shot_prompt"] = [label_texts["prompt"].format(text) for text in texts]
+    rows: Rows = {}
+    for row, wording in wordings.items():
+        chosen = baselines.dot_products(z, encode(wording, "query")).argmax(1)
+        rows[row] = {"accuracy": float((chosen == numbers).mean()), "deviation": 0.0}
     return rows
 
 
-def texts(data: epath.Path | str) -> list[str]:
-    """All texts of the data."""
-    found = read(data)
-    return [*found.texts, *found.second]
+def make_classifier_task(name: str, score: Callable[[Encode, Any], Rows], **protocol: Any) -> Task:
+    """Makes a task on labelled texts."""
+    return make_vector_task(name, score, all_texts, ("*",), protocol, tfds=True)
+
+
+PROBE = make_classifier_task(
+    "probe",
+    functools.partial(score_classifier, "probe", probe),
+    folds=FOLDS,
+    strengths=STRENGTHS,
+    chosen_on="the part to tune on, or a tenth of the training part",
+)
+KNN = make_classifier_task("knn", functools.partial(score_classifier, "knn", knn), folds=FOLDS, k=NEIGHBOURS, vote="majority")
+ZERO_SHOT = make_classifier_task("zero_shot", score_zero_shot, labels="labels.json or their names")

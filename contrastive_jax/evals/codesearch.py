@@ -1,120 +1,133 @@
 """Code search as in CodeSearchNet (Husain et al., arXiv 1909.09436, §4.1): a docstring finds its function among 1,000.
 
-Data: a folder of .jsonl or .jsonl.gz, an object with docstring_tokens and code_tokens, or else docstring and code, a line, and
-perhaps its language.
+Data: a folder of .jsonl or .jsonl.gz. Each line is an object with docstring_tokens and code_tokens, or else docstring and code,
+and perhaps its language.
+
+Dimensions: n functions, q docstrings.
 """
 
 import collections
-import gzip
-import json
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from absl import logging
 from etils import epath
 
+from contrastive_jax import files
+from contrastive_jax.config import UserError
 from contrastive_jax.evals import baselines
+from contrastive_jax.evals.results import Rows
+from contrastive_jax.evals.vectors import Encode, make_vector_task
+from contrastive_jax.runtime.progress import Progress
 
 BATCH = 1000  # a function and 999 distractors
-SEED = 0  # of the order that is cut into batches; it is that of the authors' code
+SEED = 0  # of the order in which functions are grouped into batches, the one of the authors' code
 
-Score = Callable[[list[str], list[str]], np.ndarray]  # of q docstrings for n functions → float[q n]
 Pair = tuple[str, str]  # docstring, code
+Score = Callable[[list[str], list[str]], np.ndarray]  # (q docstrings, n functions) → float[q n]
 
 
-def parse(line: bytes, language: str) -> tuple[str, Pair]:
-    """The language of an object, by default this one, and its pair.
+def parse_pair(location: str, value: dict[str, Any]) -> Pair:
+    """Returns the docstring and the code of one JSON line; `location` ("FILE:LINE") is for the error message.
 
-    Raises:
-      ValueError, TypeError, KeyError, AttributeError: it is no such object.
-    """
-    found = json.loads(line)
-    # Tokens first: in CodeSearchNet's Python the docstring is a part of the code.
-    pair = [" ".join(found[f"{name}_tokens"]) if f"{name}_tokens" in found else found[name] for name in ("docstring", "code")]
-    if not all(isinstance(text, str) and text.strip() for text in pair):
-        raise ValueError
-    return str(found.get("language") or language), (pair[0], pair[1])
-
-
-def lines(path: epath.Path) -> Iterator[tuple[str, Pair]]:
-    """The language, by default the file's name, and the pair of each line.
+    The keys docstring_tokens and code_tokens are preferred: `code` contains the docstring in CodeSearchNet's Python files.
 
     Raises:
-      ValueError: a line that is not so, or a damaged file; the message names it.
+      UserError: a text is missing, empty or not a string, or its tokens are not a list of strings.
     """
-    with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else raw as file:
-        numbered = enumerate(file, 1)
-        while True:
-            try:
-                number, line = next(numbered, (0, b""))
-            except (OSError, EOFError, zlib.error) as error:
-                raise ValueError(f"{path}: damaged: {error}") from error
-            if not number:
-                return
-            try:
-                yield parse(line, path.name.split(".")[0])
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise ValueError(f"{path}:{number}: not an object with docstring(_tokens) and code(_tokens)") from error
+    texts = []
+    for name in ("docstring", "code"):
+        text = value.get(name)
+        if f"{name}_tokens" in value:
+            tokens = value[f"{name}_tokens"]
+            text = " ".join(tokens) if isinstance(tokens, list) and all(isinstance(token, str) for token in tokens) else None
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"{location}: no text in {name} or {name}_tokens; give a docstring and its code in each line")
+        texts.append(text)
+    return texts[0], texts[1]
 
 
-def read(data: epath.Path) -> dict[str, list[Pair]]:
-    """Language → the pairs of a folder.
+def read_folder(folder: epath.Path) -> dict[str, list[Pair]]:
+    """Reads the pairs of a folder by their language, which is by default the beginning of the file's name.
 
     Raises:
-      ValueError: there are none, or a line is not as it should be.
+      UserError: there are no files, or a line is not as it should be.
     """
-    found = collections.defaultdict(list)
-    for path in sorted((*data.glob("*.jsonl"), *data.glob("*.jsonl.gz"))):
-        for language, pair in lines(path):
-            found[language].append(pair)
-    if not found:
-        raise ValueError(f"--data={data}: no .jsonl or .jsonl.gz of docstring and code there")
-    return dict(sorted(found.items()))
+    by_language = collections.defaultdict(list)
+    for path in sorted((*folder.glob("*.jsonl"), *folder.glob("*.jsonl.gz"))):
+        for location, value in files.read_json_lines(path):
+            language = str(value.get("language") or path.name.split(".")[0])
+            by_language[language].append(parse_pair(location, value))
+    if not by_language:
+        raise UserError(f"--data={folder}: no .jsonl or .jsonl.gz of docstring and code there")
+    return dict(sorted(by_language.items()))
 
 
-def texts(data: epath.Path) -> list[str]:
-    """All docstrings and functions of a folder."""
-    return [text for pairs in read(data).values() for pair in pairs for text in pair]
+def all_texts(folder: epath.Path) -> list[str]:
+    """Returns all docstrings and functions of a folder."""
+    return [text for pairs in read_folder(folder).values() for pair in pairs for text in pair]
 
 
-def products(encode: Callable[[list[str], int], np.ndarray]) -> Score:
-    """The products of the vectors of docstrings (view 0) and functions (view 1)."""
-    return lambda docstrings, functions: baselines.products(encode(docstrings, 0), encode(functions, 1))
-
-
-def bm25(docstrings: list[str], functions: list[str]) -> np.ndarray:
-    """BM25 over the functions of a batch."""
+def bm25_scores(docstrings: list[str], functions: list[str]) -> np.ndarray:
+    """Scores the functions of a batch for its docstrings by BM25."""
     return baselines.Bm25(functions).scores(docstrings)
 
 
 def reciprocal_ranks(scores: np.ndarray) -> np.ndarray:
-    """float[n] from scores[n n], whose diagonal is right; what scores as much as that stands before it."""
+    """Returns float[n] from scores[n n], whose diagonal is right; functions with an equal score rank before the right one."""
     return 1 / (scores >= np.diagonal(scores)[:, None]).sum(1)
 
 
-def evaluate(score: Score, data: epath.Path) -> dict[str, dict[str, float]]:
-    """Scores a model on a folder.
+def score_folder(score: Score, folder: epath.Path) -> Rows:
+    """Ranks the functions of a folder for each docstring.
 
     Returns:
-      Language → the mean reciprocal rank of the right function, each in a batch of 1,000; what is left over is dropped, and
-      where there are fewer they are one batch. Of several languages also "mean", of their figures.
+      Language → the mean reciprocal rank of the right function in batches of 1,000. The last, smaller batch is dropped; with
+      fewer than 1,000 functions they are one batch. For several languages also "mean", of their figures.
 
     Raises:
-      ValueError: the data are not as they should be.
+      UserError: the data are not as they should be.
     """
-    rows: dict[str, dict[str, float]] = {}
-    for language, pairs in read(data).items():
+    rows: Rows = {}
+    for language, pairs in read_folder(folder).items():
         size = min(BATCH, len(pairs))
         if size < BATCH:
-            logging.warning("%s: %d pairs only; figures among %d are higher than among %d", language, size, size, BATCH)
+            logging.warning("%s: only %d pairs; figures among %d are higher than among %d", language, size, size, BATCH)
         order = np.random.RandomState(SEED).permutation(len(pairs))
-        found = []
-        for start in range(0, len(pairs) - size + 1, size):
-            docstrings, functions = zip(*(pairs[place] for place in order[start : start + size]), strict=True)
-            found.append(reciprocal_ranks(score(list(docstrings), list(functions))).mean())
-            logging.info("%s: %d of %d, MRR %.2f", language, start + size, len(pairs), 100 * np.mean(found))
-        rows[language] = {"mrr": float(np.mean(found))}
+        means: list[float] = []
+        with Progress(f"code search, {language}", total=len(pairs) // size, unit="batches") as progress:
+            for start in range(0, len(pairs) - size + 1, size):
+                docstrings, functions = zip(*(pairs[index] for index in order[start : start + size]), strict=True)
+                means.append(float(reciprocal_ranks(score(list(docstrings), list(functions))).mean()))
+                progress.advance(note=f"MRR {100 * np.mean(means):.2f}")
+        rows[language] = {"mrr": float(np.mean(means))}
     if len(rows) > 1:
         rows["mean"] = {"mrr": float(np.mean([row["mrr"] for row in rows.values()]))}
     return rows
+
+
+def score_encoder(encode: Encode, folder: epath.Path) -> Rows:
+    """Scores an encoder: ranks the functions by the dot products of their vectors with each docstring's."""
+
+    def score(docstrings: list[str], functions: list[str]) -> np.ndarray:
+        return baselines.dot_products(encode(docstrings, "query"), encode(functions, "document"))
+
+    return score_folder(score, folder)
+
+
+TASK = make_vector_task(
+    name="codesearch",
+    score=score_encoder,
+    all_texts=all_texts,
+    files=("*.jsonl", "*.jsonl.gz"),
+    protocol={
+        "similarity": "cosine",
+        "candidates": BATCH,
+        "order": f"permuted by seed {SEED}",
+        "ties": "count against",
+        "left over": "dropped",
+        "texts": "docstring_tokens and code_tokens where given, else docstring and code",
+    },
+    own_baselines={"BM25": lambda folder: score_folder(bm25_scores, folder)},
+)

@@ -1,19 +1,29 @@
 """The query-key test: find, among n keys, the span that follows the query in its document.
 
+A run with the tokenizer of the dataset reads the tokens of the spans. Any other model, of Hugging Face for example, reads their
+text.
+
 Dimensions: n pairs, v = 2 views, l tokens, e embedding.
 """
 
+import hashlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import tensorflow as tf
+from etils import epath
 from ml_collections import ConfigDict
 
-from contrastive_jax.data import pipeline
-from contrastive_jax.evals import embed as embed_lib
+from contrastive_jax.config import UserError, default_config
+from contrastive_jax.data import prepared, tokenizer, views
+from contrastive_jax.data import spans as spans_lib
+from contrastive_jax.evals.results import Rows
+from contrastive_jax.evals.task import Options, Task, untrained
+from contrastive_jax.inference import batching
+from contrastive_jax.inference.text_model import TextModel
 
 TOP = (1, 5, 10, 100)
+DIRECTIONS = ("query_to_key", "key_to_query")
 
 
 class Pairs(NamedTuple):
@@ -22,102 +32,191 @@ class Pairs(NamedTuple):
     Attributes:
       tokens: int32[n 2 l], with delimiters where the model was trained with them.
       mask: bool[n 2 l].
-      spans: n pairs of token lists without delimiters: what a baseline reads.
-      record: int64[n], the window of each pair.
+      spans: int32[n 2 span], the tokens without delimiters.
+      record: int64[n], the record that each pair was cut from.
     """
 
     tokens: np.ndarray
     mask: np.ndarray
-    spans: list[tuple[list[int], list[int]]]
+    spans: np.ndarray
     record: np.ndarray
 
 
-def make_pairs(windows: pipeline.Windows, config: ConfigDict, data: ConfigDict) -> Pairs:
-    """Adjacent spans of `config.span` tokens, one pair a window, windows and places drawn by `config.seed`.
+class HeldOut(NamedTuple):
+    """The opened data of the test.
+
+    Attributes:
+      pairs: the pairs.
+      decode: () → the texts of the queries and of the keys, decoded with the dataset's tokenizer.
+      as_tokens: whether the model reads tokens; False: it reads the decoded text.
+      batch_size: spans embedded at once.
+      protocol: the data and the choice of pairs.
+    """
+
+    pairs: Pairs
+    decode: Callable[[], tuple[list[str], list[str]]]
+    as_tokens: bool
+    batch_size: int
+    protocol: dict[str, Any]
+
+
+def make_pairs(records: prepared.Records, config: ConfigDict, data: ConfigDict) -> Pairs:
+    """Cuts adjacent spans of `config.span` tokens, one pair per record; `config.seed` draws records and positions.
 
     Args:
-      windows: a held-out split.
+      records: a held-out split.
       config: `config.eval`.
-      data: `config.data`.
+      data: `config.data`, whose delimiters are put around the spans.
 
     Raises:
-      ValueError: a value is out of range, rows are too short for the span, or there are too few windows.
+      UserError: the rows of training are too short for the span, or there are too few records.
     """
-    for key, least in (("pairs", 1), ("span", 1), ("batch_size", 1), ("seed", 0)):
-        if config[key] < least:
-            raise ValueError(f"config.eval.{key}={config[key]}: must be at least {least}")
-    pipeline.check_length(data, config.span, "config.eval.span")
+    spans_lib.check_length(data, config.span, "config.eval.span")
     rng = np.random.default_rng(config.seed)
-    eligible = np.flatnonzero(windows.length >= 2 * config.span)
+    lengths = records.lengths()
+    eligible = np.flatnonzero(lengths >= 2 * config.span)
     if len(eligible) < config.pairs:
-        raise ValueError(
-            f"config.eval.pairs={config.pairs}: only {len(eligible)} held-out windows have {2 * config.span} tokens; lower it"
+        raise UserError(
+            f"config.eval.pairs={config.pairs}: only {len(eligible)} held-out records have {2 * config.span} tokens; lower it"
         )
     record = rng.permutation(eligible)[: config.pairs]
-    begin = rng.integers(0, windows.length[record] - 2 * config.span + 1)
-    start = np.stack([begin, begin + config.span], axis=1).astype(np.int32)
-    whole = pipeline.read_tokens(windows, tf.constant(record, tf.int64))
-    size = tf.fill(start.shape, config.span)
-    tokens, mask = pipeline.gather_spans(whole, start, size, config.span)
-    spans = [tuple(row) for row in tokens.numpy().tolist()]
-    if data.delimiters:
-        tokens, mask = pipeline.delimit(tokens, mask, pipeline.delimiter_ids(windows.manifest))
-    return Pairs(tokens.numpy(), mask.numpy(), spans, record)
+    first = rng.integers(0, lengths[record] - 2 * config.span + 1)
+    whole = records.read_records(record)
+    begin = whole.begin[:, None] + np.stack([first, first + config.span], axis=1)
+    size = np.full(begin.shape, config.span)
+    spans = views.make_views(whole.tokens, begin, size, config.span).tokens[:, :, 0]
+    delimiters = views.delimiter_ids(records.manifest) if data.delimiters else None
+    length = config.span + spans_lib.delimiter_count(data)
+    tokens, segment, _ = views.make_views(whole.tokens, begin, size, length, delimiters)
+    return Pairs(tokens[:, :, 0], segment[:, :, 0] > 0, spans, record)
+
+
+def open_held_out(model: TextModel, data: str, options: Options) -> HeldOut:
+    """Opens the held-out split of a prepared dataset, by default the one of the model's run.
+
+    Raises:
+      UserError: there is no dataset, or it cannot serve so many pairs.
+    """
+    config = default_config() if model.config is None else model.config.copy_and_resolve_references()
+    if model.config is None and not data:
+        raise UserError(f"--tasks=query_key: {model.name} is no run; give --data=DIR, a prepared dataset")
+    directory = data or config.data.dir
+    folder = prepared.folders(directory)[0]  # whose tokenizer is that of all
+    config.eval.pairs, config.eval.span = options.pairs or config.eval.pairs, options.span or config.eval.span
+    records = prepared.open_split(directory, "validation", config.data.cache_dir, config.data.cache_gb)
+    as_tokens = reads_dataset_tokens(model, folder)
+    if not as_tokens:
+        config.data.update(length=config.eval.span, delimiters=False)  # a text has neither rows nor delimiters
+    pairs = make_pairs(records, config.eval, config.data)
+
+    def decode() -> tuple[list[str], list[str]]:
+        decode_ids = tokenizer.load(folder).decode
+        queries, keys = ([decode_ids(ids) for ids in pairs.spans[:, view].tolist()] for view in (0, 1))
+        return queries, keys
+
+    chosen = {key: config.eval[key] for key in ("pairs", "span", "seed")}
+    protocol = {"data": records.manifest["content_hash"], "split": "validation"} | chosen
+    return HeldOut(pairs, decode, as_tokens, config.eval.batch_size, protocol)
+
+
+def reads_dataset_tokens(model: TextModel, folder: epath.Path) -> bool:
+    """Returns whether the model reads the token ids of the dataset in `folder`; else it reads their text.
+
+    A run does if the dataset has the run's tokenizer, or none at all. A model from a Hugging Face folder never does.
+    """
+    if model.config is None:
+        return False  # its ids are those of another tokenizer
+    path = tokenizer.find(folder)
+    if path is None:
+        return True  # there is no tokenizer to decode the ids with, so they must be the run's own
+    return model.tokenizer.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def ranks(similarity: np.ndarray) -> np.ndarray:
-    """Rank of the diagonal in each row of similarity[n n], from 1; ties count against it."""
+    """Returns the rank of the diagonal in each row of similarity[n n], from 1; ties count against it."""
     return (similarity >= np.diagonal(similarity)[:, None]).sum(axis=1)
 
 
-def score(similarity: np.ndarray) -> dict[str, dict[str, float]]:
-    """Top-k and mean reciprocal rank, as fractions, query → key, key → query, and their mean.
-
-    Args:
-      similarity: [n n], row = query, column = key, the diagonal is right.
-    """
-    result = {}
-    for direction, matrix in (("query_to_key", similarity), ("key_to_query", similarity.T)):
-        rank = ranks(matrix)
-        result[direction] = {f"top{k}": float((rank <= k).mean()) for k in TOP} | {"mrr": float((1 / rank).mean())}
-    both = result.values()
-    result["mean"] = {name: float(np.mean([scores[name] for scores in both])) for name in result["query_to_key"]}
-    return result
+def measure(rank: np.ndarray) -> dict[str, float]:
+    """Returns top-k accuracies and the mean reciprocal rank, as fractions, from ranks int[n]."""
+    return {f"top{k}": float((rank <= k).mean()) for k in TOP} | {"mrr": float((1 / rank).mean())}
 
 
-def chance(n: int) -> dict[str, dict[str, float]]:
-    """The expected score of a random order of n keys."""
-    scores = {f"top{k}": min(k / n, 1.0) for k in TOP} | {"mrr": float((1 / np.arange(1, n + 1)).mean())}
-    return {direction: dict(scores) for direction in ("query_to_key", "key_to_query", "mean")}
+def with_mean(forward: dict[str, float], backward: dict[str, float]) -> Rows:
+    """Returns rows for both directions and for their mean."""
+    mean = {name: float(np.mean([forward[name], backward[name]])) for name in forward}
+    return dict(zip(DIRECTIONS, (forward, backward), strict=True)) | {"mean": mean}
 
 
-def evaluate(forward: embed_lib.Forward, pairs: Pairs, batch_size: int) -> dict[str, dict[str, float]]:
-    """Scores a model on the pairs; see `score`."""
+def score_similarity(similarity: np.ndarray) -> Rows:
+    """Scores similarity[n n], whose rows are queries, whose columns are keys, and whose diagonal is right."""
+    return with_mean(measure(ranks(similarity)), measure(ranks(similarity.T)))
+
+
+def chance_rows(n: int) -> Rows:
+    """Returns the expected score of a random order of n keys."""
+    expected = {f"top{k}": min(k / n, 1.0) for k in TOP} | {"mrr": float((1 / np.arange(1, n + 1)).mean())}
+    return with_mean(expected, expected)
+
+
+def score_tokens(forward: batching.Forward, pairs: Pairs, batch_size: int) -> Rows:
+    """Scores a model that reads tokens."""
     n, v, length = pairs.tokens.shape
     rows = pairs.tokens.reshape(n * v, length), pairs.mask.reshape(n * v, length)
-    z = embed_lib.embed(forward, *rows, batch_size=batch_size).reshape(n, v, -1)
-    return score(z[:, 0] @ z[:, 1].T)
+    z = batching.embed(forward, *rows, batch_size=batch_size).reshape(n, v, -1)
+    return score_similarity(z[:, 0] @ z[:, 1].T)
 
 
-def baselines(pairs: Pairs, decode: Callable[[list[int]], str]) -> dict[str, dict[str, dict[str, float]]]:
-    """TF-IDF and BM25 on the text of the same pairs, fitted on these texts."""
-    from contrastive_jax.evals import baselines as others  # not in training: it takes a second to import
+def score_held_out(model: TextModel, data: HeldOut, options: Options) -> Rows:
+    """Scores a model on tokens or on text."""
+    if data.as_tokens:
+        return score_tokens(model.forward, data.pairs, data.batch_size)
+    from contrastive_jax.evals import vectors  # not in training: scikit-learn takes a second to import
 
-    queries, keys = ([decode(list(pair[view])) for pair in pairs.spans] for view in (0, 1))
-    encode = others.tfidf(queries + keys)
-    tfidf = others.products(encode(queries), encode(keys))
-    forward, backward = score(others.Bm25(keys).scores(queries)), score(others.Bm25(queries).scores(keys))
-    both = {"query_to_key": forward["query_to_key"], "key_to_query": backward["query_to_key"]}
-    mean = {name: float(np.mean([scores[name] for scores in both.values()])) for name in both["query_to_key"]}
-    return {"TF-IDF": score(tfidf), "BM25": both | {"mean": mean}}
+    encode = vectors.encode_of(model, options)
+    queries, keys = data.decode()
+    return score_similarity(encode(queries, "query") @ encode(keys, "document").T)
 
 
-def table(rows: dict[str, dict[str, dict[str, float]]]) -> str:
-    """A text table of percentages: a line a model and direction."""
-    columns = [f"top{k}" for k in TOP] + ["mrr"]
-    lines = [f"{'query-key, %':<24}{'direction':<14}" + "".join(f"{name:>8}" for name in columns)]
-    for model, directions in rows.items():
-        for direction, scores in directions.items():
-            values = "".join(f"{100 * scores[name]:8.1f}" for name in columns)
-            lines.append(f"{model:<24}{direction:<14}{values}")
-    return "\n".join(lines)
+def protocol_of(model: TextModel, data: HeldOut, options: Options) -> dict[str, Any]:
+    """Returns what decides the figures; a model that reads tokens reads rows of one length, whatever its own limit."""
+    if data.as_tokens:
+        return data.protocol | {"input": "tokens", "max_tokens": data.pairs.tokens.shape[2]}
+    return data.protocol | {"input": "decoded text"}
+
+
+def score_chance(model: TextModel, data: HeldOut, options: Options) -> Rows:
+    """Returns the expected score of a random order."""
+    return chance_rows(len(data.pairs.spans))
+
+
+def score_tfidf(model: TextModel, data: HeldOut, options: Options) -> Rows:
+    """Scores TF-IDF, fitted on the texts of the spans."""
+    from contrastive_jax.evals import baselines
+
+    queries, keys = data.decode()
+    encode = baselines.fit_tfidf(queries + keys)
+    return score_similarity(baselines.dot_products(encode(queries), encode(keys)))
+
+
+def score_bm25(model: TextModel, data: HeldOut, options: Options) -> Rows:
+    """Scores BM25 over the texts of the keys and, for the other direction, of the queries."""
+    from contrastive_jax.evals import baselines
+
+    queries, keys = data.decode()
+    forward, backward = baselines.Bm25(keys).scores(queries), baselines.Bm25(queries).scores(keys)
+    return with_mean(measure(ranks(forward)), measure(ranks(backward)))
+
+
+TASK = Task(
+    name="query_key",
+    open_data=open_held_out,
+    score=score_held_out,
+    protocol=protocol_of,
+    baselines={
+        "chance": score_chance,
+        "TF-IDF": score_tfidf,
+        "BM25": score_bm25,
+        "untrained": untrained(score_held_out),
+    },
+)

@@ -1,72 +1,86 @@
-"""Retrieval over a BEIR folder (Thakur et al., arXiv 2104.08663): corpus.jsonl, queries.jsonl, qrels/test.tsv; exact search."""
+"""Retrieval over a BEIR folder (Thakur et al., arXiv 2104.08663): corpus.jsonl, queries.jsonl, qrels/test.tsv; exact search.
 
-import json
+Dimensions: q queries, n documents.
+"""
+
 import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
+from contrastive_jax import files
+from contrastive_jax.config import UserError
+from contrastive_jax.evals import baselines
+from contrastive_jax.evals.results import Rows
+from contrastive_jax.evals.vectors import Encode, make_vector_task
+from contrastive_jax.inference import nearest
+from contrastive_jax.runtime.progress import Progress
+
 BLOCK = 8192  # documents embedded and searched at once: a corpus need not fit into memory
-DEPTH = 100  # documents kept of each query
-
-# (best scores float32[q k], their places int64[q k], queries[q e], block[m e], place of its first) → the new best two
-Merge = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]
+DEPTH = 100  # documents kept per query
+QUERIES = 64  # queries scored at once by a baseline
 
 
-class Judged(NamedTuple):
-    """Queries with what is relevant to each: document id → grade, above 0."""
+class JudgedQueries(NamedTuple):
+    """Queries with the documents that are relevant to each: document id → grade, above 0."""
 
     texts: list[str]
     relevant: list[dict[str, float]]
 
 
-def lines(path: epath.Path) -> Iterator[dict]:
-    """The objects of a .jsonl.
+def check_file(path: epath.Path) -> epath.Path:
+    """Returns the path of a file of a BEIR folder.
 
     Raises:
-      ValueError: there is no such file, or a line is no object with an _id; the message names it.
+      UserError: there is no such file.
     """
     if not path.exists():
-        raise ValueError(f"{path}: no such file; --data is a BEIR folder with corpus.jsonl, queries.jsonl and qrels/test.tsv")
-    with path.open() as file:
-        for number, line in enumerate(file, 1):
-            try:
-                found = json.loads(line)
-                found["_id"], found["text"]
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{path}:{number}: not an object with _id and text") from error
-            yield found
+        raise UserError(f"{path}: no such file; --data is a BEIR folder with corpus.jsonl, queries.jsonl and qrels/test.tsv")
+    return path
 
 
-def read_queries(data: epath.Path) -> Judged:
-    """The queries that something is relevant to, in the order of their file.
+def read_entries(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields (id, object) of each line of a .jsonl of queries or documents.
 
     Raises:
-      ValueError: a file is missing or a line is not as it should be.
+      UserError: the file is missing, or a line has no _id or no text; the message names it.
     """
-    path = data / "qrels" / "test.tsv"
-    if not path.exists():
-        raise ValueError(f"{path}: no such file; --data is a BEIR folder with corpus.jsonl, queries.jsonl and qrels/test.tsv")
+    for location, value in files.read_json_lines(check_file(path)):
+        files.text_of(location, value, "text")
+        yield files.text_of(location, value, "_id"), value
+
+
+def read_queries(folder: epath.Path) -> JudgedQueries:
+    """Reads the queries that have a relevant document, in the order of their file.
+
+    Raises:
+      UserError: a file is missing or a line is not as it should be.
+    """
+    path = check_file(folder / "qrels" / "test.tsv")
     relevant: dict[str, dict[str, float]] = {}
-    for number, line in enumerate(path.read_text().splitlines()[1:], 2):
+    for number, line in files.read_lines(path):
+        if number == 1:
+            continue  # the header
         try:
             query, document, grade = line.split("\t")
             if float(grade) > 0:
                 relevant.setdefault(query, {})[document] = float(grade)
         except ValueError as error:
-            raise ValueError(f"{path}:{number}: not query-id, corpus-id, score between tabs") from error
-    judged = [(query["text"], relevant[query["_id"]]) for query in lines(data / "queries.jsonl") if query["_id"] in relevant]
-    return Judged([text for text, _ in judged], [grades for _, grades in judged])
+            raise UserError(f"{path}:{number}: not query-id, corpus-id, score between tabs") from error
+    judged = [(value["text"], relevant[key]) for key, value in read_entries(folder / "queries.jsonl") if key in relevant]
+    if not judged:
+        raise UserError(f"{path}: no query of queries.jsonl has a document with a score above 0")
+    return JudgedQueries([text for text, _ in judged], [grades for _, grades in judged])
 
 
-def documents(data: epath.Path) -> Iterator[tuple[list[str], list[str]]]:
-    """Ids and texts (title and text) of the corpus, in blocks."""
+def read_documents(folder: epath.Path) -> Iterator[tuple[list[str], list[str]]]:
+    """Yields ids and texts (title and text) of the corpus, in blocks."""
     ids, texts = [], []
-    for document in lines(data / "corpus.jsonl"):
-        ids.append(document["_id"])
-        texts.append(f"{document.get('title') or ''} {document['text']}".strip())
+    for key, value in read_entries(folder / "corpus.jsonl"):
+        ids.append(key)
+        texts.append(f"{value.get('title') or ''} {value['text']}".strip())
         if len(ids) == BLOCK:
             yield ids, texts
             ids, texts = [], []
@@ -74,29 +88,13 @@ def documents(data: epath.Path) -> Iterator[tuple[list[str], list[str]]]:
         yield ids, texts
 
 
-def search(queries: np.ndarray, blocks: Iterable[np.ndarray], depth: int, merge: Merge) -> tuple[np.ndarray, np.ndarray]:
-    """The `depth` nearest keys of each query, exactly.
-
-    Args:
-      queries: float32[q e].
-      blocks: of keys, float32[m e].
-      depth: k.
-      merge: takes a block in.
-
-    Returns:
-      scores float32[q k], descending, and places int64[q k], -1 where there are fewer keys; of equal scores the first leads.
-    """
-    scores = np.full((len(queries), depth), -np.inf, np.float32)
-    places = np.full((len(queries), depth), -1, np.int64)
-    first = 0
-    for block in blocks:
-        scores, places = merge(scores, places, queries, block, first)
-        first += len(block)
-    return scores, places
+def all_documents(folder: epath.Path) -> list[str]:
+    """Returns the texts of the whole corpus."""
+    return [text for _, texts in read_documents(folder) for text in texts]
 
 
-def measures(ranked: list[str], grades: dict[str, float]) -> dict[str, float]:
-    """Of one query: nDCG@10 with linear gain, as trec_eval's; MRR@10; recall at 20 and 100."""
+def measure_ranking(ranked: list[str], grades: dict[str, float]) -> dict[str, float]:
+    """Measures one query's ranking: nDCG@10 with linear gain as in trec_eval, MRR@10, recall at 20 and 100."""
     gain = sum(grades.get(name, 0.0) / math.log2(rank + 1) for rank, name in enumerate(ranked[:10], 1))
     ideal = sum(grade / math.log2(rank + 1) for rank, grade in enumerate(sorted(grades.values(), reverse=True)[:10], 1))
     first = next((1 / rank for rank, name in enumerate(ranked[:10], 1) if name in grades), 0.0)
@@ -104,38 +102,58 @@ def measures(ranked: list[str], grades: dict[str, float]) -> dict[str, float]:
     return {"ndcg@10": gain / ideal, "mrr@10": first} | recall
 
 
-def texts(data: epath.Path) -> list[str]:
-    """All documents of the corpus."""
-    return [text for _, block in documents(data) for text in block]
+def mean_measures(ranked: list[list[str]], judged: JudgedQueries) -> Rows:
+    """Returns the means of `measure_ranking` over the queries, as the row "test"."""
+    measured = [measure_ranking(names, grades) for names, grades in zip(ranked, judged.relevant, strict=True)]
+    return {"test": {name: float(np.mean([measures[name] for measures in measured])) for name in measured[0]}}
 
 
-def evaluate_scores(score: Callable[[list[str]], np.ndarray], data: epath.Path) -> dict[str, dict[str, float]]:
-    """Scores what gives float[q n] of all documents for some queries: a baseline, whose corpus is in memory."""
-    judged = read_queries(data)
-    names = [name for ids, _ in documents(data) for name in ids]
-    ranked = []
-    for start in range(0, len(judged.texts), 64):
-        order = np.argsort(-score(judged.texts[start : start + 64]), axis=1, kind="stable")[:, :DEPTH]
-        ranked += [[names[place] for place in row] for row in order]
-    return {"test": means(ranked, judged)}
-
-
-def means(ranked: list[list[str]], judged: Judged) -> dict[str, float]:
-    """The means of `measures` over the queries."""
-    found = [measures(row, grades) for row, grades in zip(ranked, judged.relevant, strict=True)]
-    return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
-
-
-def evaluate(encode: Callable[[list[str], int], np.ndarray], data: epath.Path, merge: Merge) -> dict[str, dict[str, float]]:
-    """Scores a model on a BEIR folder: means over its queries."""
-    judged = read_queries(data)
+def score_encoder(encode: Encode, folder: epath.Path) -> Rows:
+    """Scores exact search with the vectors of an encoder."""
+    judged = read_queries(folder)
     names: list[str] = []
 
-    def blocks() -> Iterator[np.ndarray]:
-        for ids, texts in documents(data):
+    def embed_blocks(progress: Progress) -> Iterator[np.ndarray]:
+        for ids, texts in read_documents(folder):
             names.extend(ids)
-            yield encode(texts, 1)
+            yield np.asarray(encode(texts, "document"))
+            progress.advance(len(ids))
 
-    _, places = search(encode(judged.texts, 0), blocks(), DEPTH, merge)
-    ranked = [[names[place] for place in row if place >= 0] for row in places]
-    return {"test": means(ranked, judged)}
+    queries = np.asarray(encode(judged.texts, "query"))
+    with Progress("retrieval", unit="documents") as progress:
+        _, positions = nearest.search(queries, embed_blocks(progress), DEPTH)
+    return mean_measures([[names[index] for index in row if index >= 0] for row in positions], judged)
+
+
+def score_ranker(score: Callable[[list[str]], np.ndarray], folder: epath.Path) -> Rows:
+    """Scores a baseline that holds the whole corpus: (q queries) → float[q n], the scores of all n documents."""
+    judged = read_queries(folder)
+    names = [name for ids, _ in read_documents(folder) for name in ids]
+    ranked = []
+    for start in range(0, len(judged.texts), QUERIES):
+        order = np.argsort(-score(judged.texts[start : start + QUERIES]), axis=1, kind="stable")[:, :DEPTH]
+        ranked += [[names[index] for index in row] for row in order]
+    return mean_measures(ranked, judged)
+
+
+def score_tfidf(folder: epath.Path) -> Rows:
+    """Scores TF-IDF: its sparse vectors are multiplied with the whole corpus at once, not by `nearest.search`."""
+    documents = all_documents(folder)
+    encode = baselines.fit_tfidf(documents)
+    corpus = encode(documents)
+    return score_ranker(lambda queries: baselines.dot_products(encode(queries), corpus), folder)
+
+
+def score_bm25(folder: epath.Path) -> Rows:
+    """Scores BM25 over the whole corpus."""
+    return score_ranker(baselines.Bm25(all_documents(folder)).scores, folder)
+
+
+TASK = make_vector_task(
+    name="retrieval",
+    score=score_encoder,
+    all_texts=all_documents,
+    files=("*.jsonl", "qrels/test.tsv"),
+    protocol={"similarity": "cosine", "document": "title and text", "gain": "linear"},
+    own_baselines={"TF-IDF": score_tfidf, "BM25": score_bm25},
+)

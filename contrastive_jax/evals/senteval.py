@@ -1,6 +1,5 @@
-"""Labelled texts for `classify`: .jsonl, the files of SentEval (Conneau and Kiela, arXiv 1803.05449), or a TFDS dataset."""
+"""Labelled texts: .jsonl, the files of SentEval (Conneau and Kiela, arXiv 1803.05449), or a TFDS dataset."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -8,150 +7,182 @@ import numpy as np
 from etils import epath
 from scipy import sparse
 
-# Train, development and test part of SentEval's SST-2 and TREC; those of MRPC. The others are .pos/.neg and the like: folds.
+from contrastive_jax import files
+from contrastive_jax.config import UserError
+
+# Train, development and test part of SentEval's SST-2 and TREC; those of MRPC. Its other tasks have one file per class.
 SPLITS: tuple[tuple[str, ...], ...] = (
     ("sentiment-train", "sentiment-dev", "sentiment-test"),
     ("train_5500.label", "TREC_10.label"),
     ("msr_paraphrase_train.txt", "msr_paraphrase_test.txt"),
 )
+# Per suffix of these files: the encoding, and the fields of a line. TREC's files are Latin-1; those of MRPC begin with a
+# byte-order mark, which "utf-8-sig" removes where there is one.
+SPLIT_FORMATS = {
+    "": ("utf-8-sig", "TEXT<tab>LABEL"),
+    ".label": ("latin-1", "LABEL:FINE_LABEL<space>TEXT"),
+    ".txt": ("utf-8-sig", "LABEL<tab>ID<tab>ID<tab>TEXT<tab>TEXT"),
+}
 CLASSES = (".pos", ".neg", ".objective", ".subjective")
-# What the two texts of an object may be called.
+# What the two texts of a JSON object may be called.
 FIRST = ("text", "sentence1", "premise", "question")
 SECOND = ("text2", "sentence2", "hypothesis", "passage", "sentence")
 
+Row = tuple[str, str, str | None]  # text, label, the other text of a pair
+
 
 class Labelled(NamedTuple):
-    """One part of a set: texts with their labels; `second` has the other text of each where the set is of pairs."""
+    """One part of a dataset: texts with their labels; `second` has the other text of each where the dataset is of pairs."""
 
     texts: list[str]
     labels: list[str]
     second: list[str]
 
 
-def gather(rows: Iterable[tuple[str, str, str | None]]) -> Labelled:
-    """(text, label, other text or None) of each row as columns."""
-    columns = list(rows)
-    return Labelled([row[0] for row in columns], [row[1] for row in columns], [row[2] for row in columns if row[2] is not None])
+def to_columns(rows: Iterable[Row]) -> Labelled:
+    """Turns rows into columns."""
+    stored = list(rows)
+    return Labelled([row[0] for row in stored], [row[1] for row in stored], [row[2] for row in stored if row[2] is not None])
 
 
-def json_lines(path: epath.Path) -> Iterator[tuple[str, str, str | None]]:
-    """Objects with text, label and perhaps text2, or what GLUE and BoolQ call these (FIRST, SECOND).
+def read_jsonl(path: epath.Path) -> Iterator[Row]:
+    """Reads objects with text, label and perhaps text2, or what GLUE and BoolQ call these (FIRST, SECOND).
 
     Raises:
-      ValueError: a line that is not so; the message names it.
+      UserError: a line has no text or label; the message names it.
     """
-    with path.open() as file:
-        for number, line in enumerate(file, 1):
-            try:
-                found = json.loads(line)
-                text, label = next(found[name] for name in FIRST if name in found), found["label"]
-                second = next((found[name] for name in SECOND if name in found), None)
-            except (ValueError, TypeError, KeyError, StopIteration) as error:
-                raise ValueError(f"{path}:{number}: not an object with text and label") from error
-            if not isinstance(text, str) or not isinstance(second, str | None):
-                raise ValueError(f"{path}:{number}: text is not a string")
-            yield text, str(label), second
+    for location, value in files.read_json_lines(path):
+        first = next((name for name in FIRST if name in value), None)
+        if first is None or "label" not in value:
+            raise UserError(f"{location}: not an object with text and label")
+        second = next((name for name in SECOND if value.get(name) is not None), None)
+        other = None if second is None else files.text_of(location, value, second)
+        yield files.text_of(location, value, first), str(value["label"]), other
 
 
-def classed_lines(path: epath.Path) -> Iterator[tuple[str, str, str | None]]:
-    """The lines of a file that are all of one class, its suffix."""
+def read_class_file(path: epath.Path) -> Iterator[Row]:
+    """Reads a file whose lines all have one label, the suffix of its name."""
     text = path.read_bytes().decode("utf-8", "replace")
     yield from ((line.strip(), path.suffix[1:], None) for line in text.split("\n") if line.strip())
 
 
-def split_lines(path: epath.Path) -> Iterator[tuple[str, str, str | None]]:
-    """SST-2 (text, tab, label), TREC (label:fine text) and MRPC (label, ids, two texts between tabs, a header).
+def parse_split_line(line: str, suffix: str) -> Row:
+    """Returns the row of one line; `read_split_file` lists the formats.
 
     Raises:
-      ValueError: a line that is not so; the message names it.
+      ValueError: the line has other fields.
     """
-    lines = path.read_bytes().decode("latin-1" if path.suffix == ".label" else "utf-8-sig", "replace").split("\n")
-    for number, line in enumerate(lines, 1):
+    if suffix == ".label":
+        label, text = line.split(" ", 1)
+        return text.strip(), label.split(":")[0], None
+    if suffix == ".txt":
+        label, _, _, text, other = line.rstrip("\r").split("\t")
+        return text, label, other
+    text, label = line.rstrip("\r").split("\t")
+    return text, label, None
+
+
+def read_split_file(path: epath.Path) -> Iterator[Row]:
+    """Reads one of the files in SPLITS; the suffix of its name decides the format.
+
+    * no suffix (SST-2): a text, a tab and its label.
+    * .label (TREC): "LABEL:FINE_LABEL text"; the fine label is dropped.
+    * .txt (MRPC): a header; then a label, two ids and two texts, separated by tabs.
+
+    Yields:
+      Rows: the text, its label, and the other text of a pair or None. Blank lines are skipped.
+
+    Raises:
+      UserError: a line has other fields; the message names it.
+    """
+    encoding, fields = SPLIT_FORMATS[path.suffix]
+    for number, line in enumerate(path.read_bytes().decode(encoding, "replace").split("\n"), 1):
         if not line.strip() or (path.suffix == ".txt" and number == 1):
             continue
         try:
-            if path.suffix == ".label":
-                label, text = line.split(" ", 1)
-                yield text.strip(), label.split(":")[0], None
-            elif path.suffix == ".txt":
-                label, _, _, text, other = line.rstrip("\r").split("\t")
-                yield text, label, other
-            else:
-                text, label = line.rstrip("\r").split("\t")
-                yield text, label, None
+            row = parse_split_line(line, path.suffix)
         except ValueError as error:
-            raise ValueError(f"{path}:{number}: not a line of this file's kind") from error
+            raise UserError(f"{path}:{number}: expected {fields}; mend the line") from error
+        yield row
 
 
-def parts(data: epath.Path) -> list[Labelled]:
-    """The parts of a folder: one (to be folded), train and test, or train, development and test.
+def read_parts(folder: epath.Path) -> list[Labelled]:
+    """Reads the parts of a folder: one (to be split into folds), train and test, or train, development and test.
 
     Raises:
-      ValueError: the folder has no such files, or a line is not as it should be.
+      UserError: the folder has no such files, or a line is not as it should be.
     """
 
-    def read(reader: Callable[[epath.Path], Iterable], *names: str) -> list[Labelled]:
-        return [gather(reader(data / name)) for name in names]
+    def read_files(reader: Callable[[epath.Path], Iterable[Row]], *names: str) -> list[Labelled]:
+        return [to_columns(reader(folder / name)) for name in names]
 
-    if (data / "train.jsonl").exists() and (data / "test.jsonl").exists():
-        return read(json_lines, "train.jsonl", "test.jsonl")
-    if (data / "all.jsonl").exists():
-        return read(json_lines, "all.jsonl")
+    if (folder / "train.jsonl").exists() and (folder / "test.jsonl").exists():
+        return read_files(read_jsonl, "train.jsonl", "test.jsonl")
+    if (folder / "all.jsonl").exists():
+        return read_files(read_jsonl, "all.jsonl")
     for names in SPLITS:
-        if all((data / name).exists() for name in names):
-            return read(split_lines, *names)
-    classes = sorted(path for path in data.glob("*") if path.suffix in CLASSES)
+        if all((folder / name).exists() for name in names):
+            return read_files(read_split_file, *names)
+    classes = sorted(path for path in folder.glob("*") if path.suffix in CLASSES)
     if len(classes) == 2:
-        return [gather(row for path in classes for row in classed_lines(path))]
-    raise ValueError(
-        f"--data={data}: neither train.jsonl and test.jsonl, nor all.jsonl, nor the files of a SentEval task there"
-    )
+        return [to_columns(row for path in classes for row in read_class_file(path))]
+    expected = "train.jsonl and test.jsonl, nor all.jsonl, nor the files of a SentEval task"
+    raise UserError(f"--data={folder}: the folder has neither {expected}")
 
 
-def tables_of_tfds(name: str) -> dict[str, Labelled]:
-    """Each labelled split of a TFDS dataset with a label and one text or two.
+def read_tfds_splits(name: str) -> dict[str, Labelled]:
+    """Reads the labelled splits of a TFDS dataset whose rows have a label and one or two texts; downloads it if necessary.
+
+    Args:
+      name: of the dataset, as TFDS writes it: "glue/mrpc".
+
+    Returns:
+      The labelled rows of each split, by its name; a split without labels is left out. The first text feature is the text, the
+      second the other text of a pair.
 
     Raises:
-      ValueError: there is no such dataset, or it has no labels.
+      UserError: there is no such dataset, its label is not an integer class, or it has no text or more than two.
     """
     import tensorflow_datasets as tfds
 
     try:
         builder = tfds.builder(name)
     except tfds.core.DatasetNotFoundError as error:
-        raise ValueError(f"--data=tfds:{name}: TFDS has no such dataset") from error
+        raise UserError(f"--data=tfds:{name}: TFDS has no such dataset") from error
     features = builder.info.features
-    texts = [key for key, feature in features.items() if isinstance(feature, tfds.features.Text)]
-    label = next((key for key in ("label", "label-coarse") if key in features), None)
-    if label is None or len(texts) not in (1, 2):
-        raise ValueError(f"--data=tfds:{name}: it has {', '.join(features)}; one text or two and a label are needed")
+    text_keys = [key for key, feature in features.items() if isinstance(feature, tfds.features.Text)]
+    label_key = next((key for key in ("label", "label-coarse") if key in features), None)
+    if label_key is None or len(text_keys) not in (1, 2):
+        raise UserError(f"--data=tfds:{name}: its features are {', '.join(features)}; a label and one or two texts are needed")
+    if features[label_key].shape != () or not np.issubdtype(features[label_key].np_dtype, np.integer):
+        raise UserError(f"--data=tfds:{name}: the feature {label_key!r} is not an integer class; give a dataset of classes")
     builder.download_and_prepare()
-    tables = {}
+    splits = {}
     for split in builder.info.splits:
-        rows = list(tfds.as_numpy(builder.as_dataset(split=split)))
-        # GLUE hides the labels of its tests: -1.
-        if rows and min(int(row[label]) for row in rows) >= 0:
-            tables[split] = gather(
-                (row[texts[0]].decode(), str(int(row[label])), row[texts[1]].decode() if len(texts) == 2 else None)
-                for row in rows
-            )
-    return tables
+        columns = to_columns(
+            (row[text_keys[0]].decode(), str(int(row[label_key])), row[text_keys[1]].decode() if len(text_keys) == 2 else None)
+            for row in tfds.as_numpy(builder.as_dataset(split=split))
+            if row[label_key] >= 0  # -1 is a hidden label: GLUE hides those of its test splits
+        )
+        if columns.texts:
+            splits[split] = columns
+    return splits
 
 
-def from_tfds(name: str) -> list[Labelled]:
-    """The parts of a TFDS dataset: train with test, or with validation where test has no labels.
+def read_tfds_parts(name: str) -> list[Labelled]:
+    """Reads the parts of a TFDS dataset: train with test, or with validation where test has no labels.
 
     Raises:
-      ValueError: from `tables_of_tfds`, or there are no labels to train on.
+      UserError: from `read_tfds_splits`, or there are no labels to train on.
     """
-    tables = tables_of_tfds(name)
-    if "train" not in tables:
-        raise ValueError(f"--data=tfds:{name}: no train split with labels; there are {', '.join(tables) or 'none'}")
-    held_out = next((tables[split] for split in ("test", "validation") if split in tables), None)
-    return [tables["train"]] if held_out is None else [tables["train"], held_out]
+    splits = read_tfds_splits(name)
+    if "train" not in splits:
+        raise UserError(f"--data=tfds:{name}: no train split with labels; there are {', '.join(splits) or 'none'}")
+    held_out = next((splits[split] for split in ("test", "validation") if split in splits), None)
+    return [splits["train"]] if held_out is None else [splits["train"], held_out]
 
 
 def pair_features(first: Any, second: Any) -> Any:
-    """SentEval's features of two texts from their vectors [n e], dense or sparse: [|u - v|, u · v], [n 2e]."""
+    """Returns SentEval's features of two texts, [|u - v|, u · v] [n 2e], from their vectors [n e], dense or sparse."""
     both = [abs(first - second), first * second]
     return np.concatenate(both, axis=1) if isinstance(first, np.ndarray) else sparse.hstack(both, format="csr")

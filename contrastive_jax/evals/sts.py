@@ -1,49 +1,60 @@
 """Sentence similarity: cosines against people's scores, as in the STS benchmark (Cer et al., arXiv 1708.00055)."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 from scipy import stats
 
-from contrastive_jax.evals.baselines import Bm25, Encode
+from contrastive_jax import files
+from contrastive_jax.config import UserError
+from contrastive_jax.evals.baselines import Bm25
+from contrastive_jax.evals.results import Rows
+from contrastive_jax.evals.task import Task
+from contrastive_jax.evals.vectors import Encode, make_vector_task
 
-Similarity = Callable[[list[str], list[str]], np.ndarray]  # of n texts and their partners → float[n]
+PROTOCOL = {"similarity": "cosine", "ties": "mean rank", "aggregation": "all: one list; mean: of the files' figures"}
+
+Similarity = Callable[[list[str], list[str]], np.ndarray]  # (n texts, their n partners) → float[n]
 
 
-class Sentences(NamedTuple):
-    """Pairs of sentences with the similarity that people gave them."""
+class ScoredPairs(NamedTuple):
+    """Pairs of texts with the similarity float[n] that people gave them."""
 
     score: np.ndarray
     first: list[str]
     second: list[str]
 
 
-Read = Callable[[epath.Path], Sentences]  # of one file
+ReadFile = Callable[[epath.Path], ScoredPairs]
 
 
-def read(path: epath.Path) -> Sentences:
-    """Reads a .tsv of score, text, text.
+def read_sts_file(path: epath.Path) -> ScoredPairs:
+    """Reads a .tsv with the columns score, text, text; empty lines are passed over.
 
     Raises:
-      ValueError: a line that is not so; the message names it.
+      UserError: a line has other columns; the message names it.
     """
     scores, first, second = [], [], []
-    for number, line in enumerate(path.read_text().split("\n"), 1):
-        if line:
-            try:
-                score, a, b = line.rstrip("\r").split("\t")
-                scores.append(float(score))
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: not score, text, text between tabs") from error
-            first.append(a)
-            second.append(b)
-    return Sentences(np.array(scores), first, second)
+    for number, line in files.read_lines(path):
+        if not line:
+            continue
+        try:
+            score, left, right = line.split("\t")
+            scores.append(float(score))
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: not score, text, text between tabs") from error
+        first.append(left)
+        second.append(right)
+    return ScoredPairs(np.array(scores), first, second)
 
 
 def correlations(score: np.ndarray, similarity: np.ndarray) -> dict[str, float]:
-    """Spearman's and Pearson's, as fractions; ties have their mean rank."""
+    """Returns Spearman's and Pearson's correlation of score float[n] with similarity float[n], each in [-1, 1].
+
+    Equal values get the mean of their ranks.
+    """
     return {
         "spearman": float(stats.spearmanr(score, similarity).statistic),
         "pearson": float(stats.pearsonr(score, similarity).statistic),
@@ -51,48 +62,64 @@ def correlations(score: np.ndarray, similarity: np.ndarray) -> dict[str, float]:
 
 
 def cosines(encode: Encode) -> Similarity:
-    """The cosine of two texts' vectors."""
+    """Returns the cosine similarity of an encoder: both texts of a pair are encoded as queries."""
 
     def similarity(first: list[str], second: list[str]) -> np.ndarray:
-        z = encode([*first, *second])
+        z = encode([*first, *second], "query")
         return np.asarray((z[: len(first)] * z[len(first) :]).sum(-1))
 
     return similarity
 
 
-def bm25(first: list[str], second: list[str]) -> np.ndarray:
-    """BM25 of each text for its partner, among all of a file, the mean of both directions."""
+def bm25_similarity(first: list[str], second: list[str]) -> np.ndarray:
+    """Scores each text for its partner by BM25 over all partners, and the other way round; returns the mean of the two."""
     both = (Bm25(second).scores(first), Bm25(first).scores(second))
     return np.mean([np.diagonal(scores) for scores in both], axis=0)
 
 
-def texts(data: epath.Path, read: Read = read, pattern: str = "*.tsv") -> list[str]:
-    """All texts of a folder."""
-    return [text for file in sorted(data.glob(pattern)) for pairs in [read(file)] for text in (*pairs.first, *pairs.second)]
-
-
-def evaluate(
-    similarity: Similarity, data: epath.Path, read: Read = read, pattern: str = "*.tsv"
-) -> dict[str, dict[str, float]]:
-    """Scores a similarity on each of the files of a folder.
+def score_folder(similarity: Similarity, folder: epath.Path, read_file: ReadFile, pattern: str) -> Rows:
+    """Scores a similarity on the files of a folder that match the pattern.
 
     Returns:
-      File → correlations; of several files also "all", of their pairs in one list, and "mean", of the files' figures: the two
-      differ by points, and papers do not always say which they give (SimCSE's appendix B).
+      File → correlations. For several files also "all", of their pairs in one list, and "mean", of the files' figures: the two
+      differ by points, and papers do not always say which they report (SimCSE, arXiv 2104.08821, appendix B).
 
     Raises:
-      ValueError: there is none.
+      UserError: there is no such file.
     """
-    files = sorted(data.glob(pattern))
-    if not files:
-        raise ValueError(f"--data={data}: no {pattern} there")
-    results, every = {}, []
-    for file in files:
-        pairs = read(file)
-        found = similarity(pairs.first, pairs.second)
-        results[file.stem] = correlations(pairs.score, found)
-        every.append((pairs.score, found))
-    if len(files) > 1:
-        mean = {name: float(np.mean([row[name] for row in results.values()])) for name in ("spearman", "pearson")}
-        results |= {"all": correlations(*map(np.concatenate, zip(*every, strict=True))), "mean": mean}
-    return results
+    paths = sorted(folder.glob(pattern))
+    if not paths:
+        raise UserError(f"--data={folder}: no {pattern} there")
+    rows, lists = {}, []
+    for path in paths:
+        pairs = read_file(path)
+        similarities = similarity(pairs.first, pairs.second)
+        rows[path.stem] = correlations(pairs.score, similarities)
+        lists.append((pairs.score, similarities))
+    if len(paths) > 1:
+        mean = {name: float(np.mean([row[name] for row in rows.values()])) for name in ("spearman", "pearson")}
+        scores, similarities = (np.concatenate(arrays) for arrays in zip(*lists, strict=True))
+        rows |= {"all": correlations(scores, similarities), "mean": mean}
+    return rows
+
+
+def make_correlation_task(
+    name: str, read_file: ReadFile, pattern: str, own_baselines: Mapping[str, Similarity] | None = None
+) -> Task:
+    """Makes a task that correlates cosines with people's scores in files that match the pattern."""
+
+    def score(encode: Encode, folder: epath.Path) -> Rows:
+        return score_folder(cosines(encode), folder, read_file, pattern)
+
+    def all_texts(folder: epath.Path) -> list[str]:
+        pairs = [read_file(path) for path in sorted(folder.glob(pattern))]
+        return [text for part in pairs for text in (*part.first, *part.second)]
+
+    def score_baseline(similarity: Similarity) -> Callable[[Any], Rows]:
+        return lambda folder: score_folder(similarity, folder, read_file, pattern)
+
+    others = {other: score_baseline(similarity) for other, similarity in (own_baselines or {}).items()}
+    return make_vector_task(name, score, all_texts, (pattern,), PROTOCOL, others)
+
+
+TASK = make_correlation_task("sts", read_sts_file, "*.tsv", {"BM25": bm25_similarity})

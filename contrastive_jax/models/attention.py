@@ -1,7 +1,7 @@
-"""Attention within the spans of a row: plain, or fused (a Pallas kernel on TPU, cuDNN on GPU), equal in value and gradient.
+"""Attention within the spans of a row: plain, or fused (a Pallas kernel on TPU, cuDNN on GPU), with equal values and gradients.
 
 A token attends to the tokens of its own segment. Dimensions: n rows, l query tokens, s key tokens, h heads, g key-value heads,
-r = h / g, k head width.
+r = h / g heads per key-value head, k head width.
 """
 
 import functools
@@ -9,61 +9,73 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from ml_collections import ConfigDict
 
+from contrastive_jax.config import UserError
 from contrastive_jax.models.attention_kernel import LANES, MASKED, fused
-from contrastive_jax.models.layout import Layout
-from contrastive_jax.models.rows import Rows, dropout
+from contrastive_jax.models.dropout import dropout
+from contrastive_jax.models.layer_context import LayerContext
+from contrastive_jax.runtime.layout import Layout
 
-# (query [n l h k], key [n s g k], value [n s g k], rows) → [n l h k].
-Attend = Callable[[jax.Array, jax.Array, jax.Array, Rows], jax.Array]
+# (query [n l h k], key [n s g k], value [n s g k], context) → [n l h k].
+Attend = Callable[[jax.Array, jax.Array, jax.Array, LayerContext], jax.Array]
 
 
-def make(config: ConfigDict, layout: Layout) -> Attend:
-    """The attention of `config.attention`: "plain", "fused", or "auto", the fused one where the device has it and it pays.
+def make_attend(config: ConfigDict, layout: Layout) -> Attend:
+    """Returns the attention that `config.attention` names: "plain", "fused", or "auto".
 
-    Raises:
-      ValueError: a fused attention is asked for that the device does not have; the message names the key.
+    "auto" is the fused one where the device has it and it pays.
+
+    Args:
+      config: `config.model`.
+      layout: how rows and heads lie on the mesh.
     """
     platform, kind = layout.platform, config.attention
-    if kind == "auto":
-        # The kernel's lanes hold whole heads. cuDNN has no dropout that is ours, and no float32.
-        on_tpu = platform == "tpu" and (config.num_kv_heads // layout.parts[1] * config.head_dim) % LANES == 0
-        on_gpu = platform in ("gpu", "cuda") and config.dtype == "bfloat16" and not config.attention_dropout
-        kind = "fused" if on_tpu or on_gpu else "plain"
-    if kind == "plain":
-        return functools.partial(plain, config)
-    if platform in ("gpu", "cuda"):
-        if config.dtype != "bfloat16" or config.attention_dropout:
-            raise ValueError(
-                "config.model.attention='fused' on GPU is cuDNN's: it needs config.model.dtype='bfloat16' and "
-                "config.model.attention_dropout=0; or choose 'plain'"
-            )
-        return functools.partial(cudnn, config, implementation="cudnn")
-    return functools.partial(fused, config, layout)
+    if kind != "plain" and platform in ("gpu", "cuda"):
+        return functools.partial(cudnn_or_plain, config, layout)
+    # The lanes of the TPU hold whole heads.
+    fills_lanes = (config.num_kv_heads // layout.tensor_shards * config.head_dim) % LANES == 0
+    if kind == "fused" or (kind == "auto" and platform == "tpu" and fills_lanes):
+        return functools.partial(fused, config, layout)
+    return functools.partial(plain, config)
 
 
-def plain(config: ConfigDict, query: jax.Array, key: jax.Array, value: jax.Array, rows: Rows) -> jax.Array:
-    """The definition: softmax(q kᵀ / √k) v, in XLA; scores are float32 and stored.
+def plain(config: ConfigDict, query: jax.Array, key: jax.Array, value: jax.Array, context: LayerContext) -> jax.Array:
+    """The definition, softmax(q kᵀ / √k) v, in XLA; the scores are float32 and stored.
 
-    Heads come before tokens, and the softmax is divided by its sum after the product with v: both make it up to four times as
-    fast on CPU. The maximum cancels, so no gradient goes through it.
+    Heads come before tokens, and the softmax is divided by its sum after the product with v: both together make it up to four
+    times as fast on CPU. The maximum cancels, so no gradient flows through it.
+
+    Args:
+      config: `config.model`.
+      query: [n l h k].
+      key: [n s g k].
+      value: [n s g k].
+      context: of the layer.
+
+    Returns:
+      [n l h k] in the type of `query`.
     """
     n, length, h, k = query.shape
-    grouped = query.reshape(n, length, config.num_kv_heads, h // config.num_kv_heads, k).transpose(0, 2, 3, 1, 4)
-    key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
-    scores = jnp.einsum("ngrlk,ngsk->ngrls", grouped, key, preferred_element_type=jnp.float32) / k**0.5
-    scores = jnp.where(allowed(config.causal, rows)[:, None, None], scores, MASKED)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-    total = weights.sum(-1, keepdims=True)
-    weights = dropout(weights.astype(query.dtype), config.attention_dropout, rows.noise)
-    mixed = jnp.einsum("ngrls,ngsk->ngrlk", weights, value, preferred_element_type=jnp.float32) / total
-    return mixed.astype(query.dtype).transpose(0, 3, 1, 2, 4).reshape(n, length, h, k)
+    g = config.num_kv_heads
+    with jax.named_scope("scores"):
+        # [n l h k] -> [n l g r k] -> [n g r l k]
+        grouped = query.reshape(n, length, g, h // g, k).transpose(0, 2, 3, 1, 4)
+        key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)  # [n s g k] -> [n g s k]
+        scores = jnp.einsum("ngrlk,ngsk->ngrls", grouped, key, preferred_element_type=jnp.float32) / k**0.5
+        scores = jnp.where(attention_mask(config.causal, context)[:, None, None], scores, MASKED)
+        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+        total = weights.sum(-1, keepdims=True)
+        weights = dropout(weights.astype(query.dtype), config.attention_dropout, context.noise)
+        mixed = jnp.einsum("ngrls,ngsk->ngrlk", weights, value, preferred_element_type=jnp.float32) / total
+        # [n g r l k] -> [n l g r k] -> [n l h k]
+        return mixed.astype(query.dtype).transpose(0, 3, 1, 2, 4).reshape(n, length, h, k)
 
 
-def allowed(causal: bool, rows: Rows) -> jax.Array:
-    """Who may attend to whom, bool[n l s]: the same segment, no later token if causal, none further than `window`."""
-    segment, window = rows.segment, rows.window
+def attention_mask(causal: bool, context: LayerContext) -> jax.Array:
+    """Returns which token attends to which, bool[n l s]: the same segment, no later token if causal, none beyond the window."""
+    segment, window = context.segment, context.window
     mask = segment[:, :, None] == segment[:, None, :]
     distance = jnp.arange(segment.shape[1])[:, None] - jnp.arange(segment.shape[1])
     if causal:
@@ -73,7 +85,74 @@ def allowed(causal: bool, rows: Rows) -> jax.Array:
     return mask
 
 
-def cudnn(config: ConfigDict, query: jax.Array, key: jax.Array, value: jax.Array, rows: Rows, implementation: str) -> jax.Array:
-    """The flash attention of cuDNN through jax.nn.dot_product_attention."""
-    mask = allowed(config.causal, rows)[:, None]  # no dropout: `make` saw to it
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=implementation)  # type: ignore[call-overload]
+def why_not_cudnn(config: ConfigDict, length: int, masked: bool, dropout: bool, compute_capability: str) -> str:
+    """Returns why the attention of cuDNN cannot be used, or "" if it can.
+
+    Args:
+      config: `config.model`.
+      length: the tokens of a row.
+      masked: whether it needs a mask array: the rows are packed, or the layers have windows.
+      dropout: whether attention weights are dropped.
+      compute_capability: of the GPU, such as "9.0"; "": unknown, which counts as an A100's.
+    """
+    capability = tuple(int(part) for part in (compute_capability or "8.0").split("."))
+    widest_head = 256 if capability >= (9, 0) else 128
+    if capability < (8, 0):
+        return f"this GPU has compute capability {compute_capability}: cuDNN's needs 8.0 (A100) or newer"
+    if config.dtype != "bfloat16":
+        return f"config.model.dtype={config.dtype!r}: cuDNN has it in 'bfloat16' only"
+    if dropout:
+        return (
+            f"config.model.attention_dropout={config.attention_dropout}: cuDNN's dropout cannot be repeated elsewhere; take 0"
+        )
+    if config.head_dim % 8 or config.head_dim > widest_head:
+        return f"config.model.head_dim={config.head_dim}: cuDNN's needs a multiple of 8 up to {widest_head} on this GPU"
+    if masked and length % 2:
+        return f"rows of {length} tokens: with packing or local windows cuDNN's needs an even number"
+    return ""
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Logs a warning the first time that this process has it."""
+    logging.warning("%s", message)
+
+
+def cudnn_or_plain(
+    config: ConfigDict, layout: Layout, query: jax.Array, key: jax.Array, value: jax.Array, context: LayerContext
+) -> jax.Array:
+    """The attention of cuDNN, or the plain one where cuDNN refuses; arguments as in `plain`.
+
+    Raises:
+      UserError: cuDNN refuses, and `config.attention` is "fused".
+    """
+    masked = context.span_length is None or context.window is not None
+    dropout = context.noise is not None and config.attention_dropout > 0
+    reason = why_not_cudnn(config, query.shape[1], masked, dropout, layout.compute_capability)
+    if not reason:
+        return cudnn(config, query, key, value, context, implementation="cudnn")
+    if config.attention == "fused":
+        raise UserError(f"config.model.attention='fused': {reason}; or choose 'plain' or 'auto'")
+    warn_once(f"attention is plain, which is slower and stores the scores: {reason}")
+    return plain(config, query, key, value, context)
+
+
+def cudnn(
+    config: ConfigDict, query: jax.Array, key: jax.Array, value: jax.Array, context: LayerContext, implementation: str
+) -> jax.Array:
+    """The flash attention of cuDNN, through jax.nn.dot_product_attention; arguments as in `plain`, but without dropout.
+
+    cuDNN skips what a causal mask and the length of a row hide, and needs memory for neither. An array as a mask becomes a bias
+    [n 1 l s] that is read, and whose gradient is written: it is passed only for packed rows and local windows. Where a mask
+    hides padding from the tokens of a span, outputs on the padding itself may differ from those of `plain`; nothing reads them.
+    """
+    attend = functools.partial(jax.nn.dot_product_attention, implementation=implementation)
+    with jax.named_scope("kernel"):
+        if context.span_length is None or context.window is not None:
+            mask = attention_mask(config.causal, context)[:, None]  # [n l s] -> [n 1 l s]
+            return attend(query, key, value, mask=mask, is_causal=config.causal)  # type: ignore[call-overload]
+        if config.causal:  # the padding comes after the span, so that no token of the span looks at it
+            return attend(query, key, value, is_causal=True)  # type: ignore[call-overload]
+        # A row without tokens attends to its first padding: over no key at all the softmax would not be finite.
+        lengths = jnp.maximum(context.span_length, 1)
+        return attend(query, key, value, key_value_seq_lengths=lengths)  # type: ignore[call-overload]

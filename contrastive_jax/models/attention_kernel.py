@@ -1,14 +1,13 @@
 """Attention as a Pallas kernel for TPU.
 
-The encoder's rows are short, so the kernel holds whole rows of keys in VMEM: no online softmax, no saved statistics, and the
-backward pass needs nothing but query, key and value.
+The encoder's rows are short, so the kernel holds whole rows of keys in VMEM: there is no online softmax, no statistics are
+saved, and the backward pass needs nothing but query, key and value.
 
-Dimensions: n rows, l query tokens, s key tokens, h heads, g key-value heads, r = h / g, k head width.
+Dimensions: n rows, l query tokens, s key tokens, h heads, g key-value heads, r = h / g heads per key-value head, k head width.
 """
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,29 +17,36 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from contrastive_jax.models.layout import Layout
-from contrastive_jax.models.rows import Rows, kept, seeds
+from contrastive_jax.config import UserError
+from contrastive_jax.models.dropout import hash_seeds, keep_mask
+from contrastive_jax.models.layer_context import LayerContext
+from contrastive_jax.runtime.layout import Layout
 
-# Large, finite: exp underflows to exactly 0 beside any real score, and a row without keys gives no NaN.
+# The score of a masked key. Large but finite: exp underflows to exactly 0 beside any real score, and a query without keys gives
+# no NaN.
 MASKED = -1e30
+# Lanes of a TPU register: the last axis of what a kernel loads is a multiple.
 LANES = 128
-# Longest row whose keys and values, with the scores of one block of queries, stay in VMEM.
-LONGEST = 4096
+# The longest row whose keys and values, with the scores of one block of queries, fit in VMEM.
+LONGEST_ROW = 4096
+VMEM_BYTES = 64 * 2**20
 
 
-class Shape(NamedTuple):
-    """What the kernels are compiled for.
+class KernelConfig(NamedTuple):
+    """The static settings that the kernels are compiled with.
+
+    A grid step handles some rows and some key-value heads with their query heads.
 
     Attributes:
       heads: query heads that share a key-value head, r.
-      groups: key-value heads of a grid step: as many as fill the lanes.
-      width: k.
-      rows: rows of a grid step.
-      block: queries handled at once.
-      real: tokens of a row before padding; dropout counts places by it.
-      causal: no token sees a later one.
-      windowed: whether the window is heeded.
-      rate: dropout of the weights.
+      groups: key-value heads per grid step: as many as fill the lanes.
+      width: k, the width of a head.
+      rows: rows per grid step.
+      block: query tokens of a row that are handled at once.
+      length: l, tokens per row before padding; dropout numbers its elements by it, so that padding does not change the mask.
+      causal: whether tokens attend to no later ones.
+      windowed: whether the layers have a window.
+      dropout: the dropout rate of the attention weights.
     """
 
     heads: int
@@ -48,59 +54,62 @@ class Shape(NamedTuple):
     width: int
     rows: int
     block: int
-    real: int
+    length: int
     causal: bool
     windowed: bool
-    rate: float
+    dropout: float
 
 
-def bias_of(shape: Shape, segment: jax.Array, window: Any, start: int, size: int, keys: int) -> jax.Array:
-    """What is added to the scores of a block of queries: 0 or MASKED, float32[size keys]; segment int32[1 l]."""
-    # [1 l] → [l 1]: through a square, the one form of transposition the hardware has.
-    column = jnp.broadcast_to(segment[:, start : start + size], (LANES, size)).T[:, :1]
-    mask = column == segment[:, :keys]
-    if shape.causal or shape.windowed:
-        query = jax.lax.broadcasted_iota(jnp.int32, (size, keys), 0) + start
-        distance = query - jax.lax.broadcasted_iota(jnp.int32, (size, keys), 1)
-        if shape.causal:
-            mask &= distance >= 0
-        if shape.windowed:
-            mask &= jnp.abs(distance) <= window
-    return jnp.where(mask, 0.0, MASKED)
+class KernelInputs(NamedTuple):
+    """The inputs of both kernels: arrays, or in a kernel the references to a grid step's part of them.
+
+    Attributes:
+      window: int32[1], tokens to attend to on either side; read only if `KernelConfig.windowed`.
+      head_offset: int32[1], the number of this device's first query head among all devices' heads.
+      last_seed: uint32[1], from `dropout.hash_seeds`.
+      row_seed: uint32[n], from `dropout.hash_seeds`.
+      query: [n l h·k].
+      key: [n l g·k].
+      value: [n l g·k].
+      segment: int32[n 1 l].
+    """
+
+    window: Any
+    head_offset: Any
+    last_seed: Any
+    row_seed: Any
+    query: Any
+    key: Any
+    value: Any
+    segment: Any
 
 
-def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
-    """A product of two matrices over these axes of theirs, in float32."""
-    return jax.lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), preferred_element_type=jnp.float32)
+class Block(NamedTuple):
+    """A block of queries: `size` from `start` on, which attend to the first `keys` keys."""
+
+    start: int
+    size: int
+    keys: int
 
 
-def weights_of(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """exp(scores - max), float32[l s], and the inverse of its sums, float32[l 1]."""
-    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-    return weights, 1.0 / weights.sum(-1, keepdims=True)
+def blocks_of_row(config: KernelConfig, length: int) -> list[Block]:
+    """Splits a row into blocks of queries; with causal attention a block needs no keys after its last query."""
+    starts = range(0, length, config.block)
+    sizes = [min(config.block, length - start) for start in starts]
+    return [Block(start, size, start + size if config.causal else length) for start, size in zip(starts, sizes, strict=True)]
 
 
-def keep_factor(shape: Shape, second: Any, row: jax.Array, head: Any, start: int, size: int, keys: int) -> Any:
-    """0 or 1 / (1 - rate) of a block of weights, float32[size keys]: what `dropout` does; None: no dropout."""
-    if not shape.rate:
-        return None
-    token = jax.lax.broadcasted_iota(jnp.uint32, (size, 1), 0) + jnp.uint32(start)
-    inner = (head * shape.real).astype(jnp.uint32) + token
-    last = jax.lax.broadcasted_iota(jnp.uint32, (1, keys), 1)
-    return jnp.where(kept(row, inner, last, second[0], shape.rate), 1.0 / (1.0 - shape.rate), 0.0)
+class HeadLanes(NamedTuple):
+    """Where a query head and its key-value head lie among the lanes of a grid step.
 
+    Two heads of width 64 fill the 128 lanes. If each query head has its own key-value head, both heads stay in place: with the
+    other head's lanes of the query set to zero, a product over all lanes is that of one head, at the same cost.
 
-def blocks(shape: Shape, length: int) -> list[tuple[int, int, int]]:
-    """(first query, queries, keys) of each block of a row: causal ones need no later keys."""
-    starts = range(0, length, shape.block)
-    return [(s, min(shape.block, length - s), min(s + shape.block, length) if shape.causal else length) for s in starts]
-
-
-class Heads(NamedTuple):
-    """How to take one query head, and its key-value head, out of a grid step's lanes.
-
-    Two heads of 64 fill the 128 lanes. Where each query head has its own key-value head, both stay where they are: with the
-    other's lanes of the query set to zero the products over all lanes are those of one head, and cost the same.
+    Attributes:
+      number: the number of the query head within the grid step.
+      query: the lanes of query and output.
+      key: the lanes of key and value.
+      half: which half of these lanes belongs to the head, 0 or 1. None: all of them.
     """
 
     number: int
@@ -108,218 +117,282 @@ class Heads(NamedTuple):
     key: slice
     half: int | None
 
-    def of(self, x: jax.Array) -> jax.Array:
-        """x[l lanes] with the lanes of the other heads set to zero."""
+    def zero_others(self, x: jax.Array) -> jax.Array:
+        """Sets the lanes of x[l lanes] that belong to another head to zero."""
         if self.half is None:
             return x
         lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
         first = self.half * x.shape[1] // 2
         return jnp.where((lane >= first) & (lane < first + x.shape[1] // 2), x, jnp.zeros_like(x))
 
-
-def each_head(shape: Shape) -> list[Heads]:
-    """The query heads of a grid step."""
-    if shape.groups == 2 and shape.heads == 1:
-        return [Heads(half, slice(0, 2 * shape.width), slice(0, 2 * shape.width), half) for half in range(2)]
-    pairs = [(group * shape.heads + head, group) for group in range(shape.groups) for head in range(shape.heads)]
-    k = shape.width
-    return [Heads(head, slice(head * k, (head + 1) * k), slice(group * k, (group + 1) * k), None) for head, group in pairs]
+    def write(self, output: Any, i: int, rows: slice, value: jax.Array) -> None:
+        """Writes value[l lanes] into output[i, rows]; the second half is added to the first, which is zero there."""
+        output[i, rows, self.query] = output[i, rows, self.query] + value if self.half == 1 else value
 
 
-def first_head(shape: Shape, offset_ref: Any) -> Any:
-    """The number, among all devices' heads, of the first query head of this grid step."""
-    return offset_ref[0] + pl.program_id(1) * shape.groups * shape.heads
+def heads_of_step(config: KernelConfig) -> list[HeadLanes]:
+    """Lists the query heads of a grid step."""
+    k = config.width
+    if config.groups == 2 and config.heads == 1:
+        both = slice(0, 2 * k)
+        return [HeadLanes(half, both, both, half) for half in range(2)]
+    heads = []
+    for group in range(config.groups):
+        for head in range(group * config.heads, (group + 1) * config.heads):
+            heads.append(HeadLanes(head, slice(head * k, (head + 1) * k), slice(group * k, (group + 1) * k), None))
+    return heads
 
 
-def forward_kernel(
-    shape: Shape, window: Any, offset: Any, second: Any, row: Any, query: Any, key: Any, value: Any, segment: Any, out: Any
-) -> None:
-    """One grid step forward: rows × heads, each whole in VMEM."""
-    scale = jnp.asarray(shape.width**-0.5, query.dtype)
-    for i in range(shape.rows):
-        number = row[pl.program_id(0) * shape.rows + i]
-        for start, size, keys in blocks(shape, segment.shape[-1]):
-            rows = slice(start, start + size)
-            bias = bias_of(shape, segment[i], window[0], start, size, keys)
-            for head in each_head(shape):
-                q, k, v = head.of(query[i, rows, head.query]), key[i, :keys, head.key], value[i, :keys, head.key]
-                weights, inverse = weights_of(dot(q * scale, k, (1, 1)) + bias)
-                keep = keep_factor(shape, second, number, first_head(shape, offset) + head.number, start, size, keys)
-                weights = weights if keep is None else weights * keep
-                mixed = dot(weights.astype(v.dtype), v, (1, 0)) * inverse
-                mixed = head.of(mixed.astype(out.dtype))
-                out[i, rows, head.query] = out[i, rows, head.query] + mixed if head.half else mixed
+def mask_bias(config: KernelConfig, segment: jax.Array, window: Any, block: Block) -> jax.Array:
+    """Returns what is added to the scores of a block, 0 or MASKED: float32[size keys], from segment int32[1 l]."""
+    # [1 size] -> [size 1] by way of a square: the hardware transposes nothing else.
+    segment_of_query = jnp.broadcast_to(segment[:, block.start : block.start + block.size], (LANES, block.size)).T[:, :1]
+    mask = segment_of_query == segment[:, : block.keys]
+    if config.causal or config.windowed:
+        query = jax.lax.broadcasted_iota(jnp.int32, (block.size, block.keys), 0) + block.start
+        distance = query - jax.lax.broadcasted_iota(jnp.int32, (block.size, block.keys), 1)
+        if config.causal:
+            mask &= distance >= 0
+        if config.windowed:
+            mask &= jnp.abs(distance) <= window
+    return jnp.where(mask, 0.0, MASKED)
 
 
-def backward_kernel(
-    shape: Shape,
-    window: Any,
-    offset: Any,
-    second: Any,
-    row: Any,
-    query: Any,
-    key: Any,
-    value: Any,
-    segment: Any,
-    gradient: Any,
-    query_gradient: Any,
-    key_gradient: Any,
-    value_gradient: Any,
-    key_sum: Any,
-    value_sum: Any,
-) -> None:
-    """One grid step backward: the weights are computed again, and all three gradients from them."""
-    scale = jnp.asarray(shape.width**-0.5, query.dtype)
-    for i in range(shape.rows):
-        number = row[pl.program_id(0) * shape.rows + i]
+def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
+    """Multiplies two matrices over axis contract[0] of a and contract[1] of b, in float32."""
+    return jax.lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def softmax_parts(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns exp(scores - max), float32[l s], and the inverse of its sums, float32[l 1]: their product is the softmax."""
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+    return weights, 1.0 / weights.sum(-1, keepdims=True)
+
+
+def dropout_factor(config: KernelConfig, inputs: KernelInputs, row: int, head: int, block: Block) -> jax.Array | None:
+    """Returns what `dropout.dropout` multiplies a block of weights by, 0 or 1 / (1 - rate): float32[size keys].
+
+    None stands for no dropout. `row` and `head` count from the first of the grid step.
+    """
+    if not config.dropout:
+        return None
+    row_seed = inputs.row_seed[pl.program_id(0) * config.rows + row]
+    head_number = inputs.head_offset[0] + pl.program_id(1) * config.groups * config.heads + head
+    token = jax.lax.broadcasted_iota(jnp.uint32, (block.size, 1), 0) + jnp.uint32(block.start)
+    middle_index = (head_number * config.length).astype(jnp.uint32) + token
+    last_index = jax.lax.broadcasted_iota(jnp.uint32, (1, block.keys), 1)
+    keep = keep_mask(row_seed, middle_index, last_index, inputs.last_seed[0], config.dropout)
+    return jnp.where(keep, 1.0 / (1.0 - config.dropout), 0.0)
+
+
+def forward_kernel(config: KernelConfig, *references: Any) -> None:
+    """Computes the output of one grid step, from `KernelInputs`: rows × heads, each row whole in VMEM."""
+    inputs, output = KernelInputs(*references[:8]), references[8]
+    scale = jnp.asarray(config.width**-0.5, inputs.query.dtype)
+    for i in range(config.rows):
+        for block in blocks_of_row(config, inputs.segment.shape[-1]):
+            rows = slice(block.start, block.start + block.size)
+            bias = mask_bias(config, inputs.segment[i], inputs.window[0], block)
+            for head in heads_of_step(config):
+                query = head.zero_others(inputs.query[i, rows, head.query])
+                key, value = inputs.key[i, : block.keys, head.key], inputs.value[i, : block.keys, head.key]
+                weights, inverse = softmax_parts(dot(query * scale, key, (1, 1)) + bias)
+                factor = dropout_factor(config, inputs, i, head.number, block)
+                weights = weights if factor is None else weights * factor
+                mixed = dot(weights.astype(value.dtype), value, (1, 0)) * inverse
+                head.write(output, i, rows, head.zero_others(mixed.astype(output.dtype)))
+
+
+def backward_kernel(config: KernelConfig, *references: Any) -> None:
+    """Computes the gradients of query, key and value of one grid step; the weights are computed again.
+
+    The references are `KernelInputs`, the output's gradient, the three gradients to write, and two sums in VMEM.
+    """
+    inputs = KernelInputs(*references[:8])
+    gradient_ref, query_gradient, key_gradient, value_gradient, key_sum, value_sum = references[8:]
+    scale = jnp.asarray(config.width**-0.5, inputs.query.dtype)
+    for i in range(config.rows):
         key_sum[...] = jnp.zeros_like(key_sum)
         value_sum[...] = jnp.zeros_like(value_sum)
-        for start, size, keys in blocks(shape, segment.shape[-1]):
-            rows = slice(start, start + size)
-            bias = bias_of(shape, segment[i], window[0], start, size, keys)
-            for head in each_head(shape):
-                q, k, v = head.of(query[i, rows, head.query]), key[i, :keys, head.key], value[i, :keys, head.key]
-                given = head.of(gradient[i, rows, head.query])
-                q = q * scale
-                weights, inverse = weights_of(dot(q, k, (1, 1)) + bias)
+        for block in blocks_of_row(config, inputs.segment.shape[-1]):
+            rows = slice(block.start, block.start + block.size)
+            bias = mask_bias(config, inputs.segment[i], inputs.window[0], block)
+            for head in heads_of_step(config):
+                query = head.zero_others(inputs.query[i, rows, head.query])
+                key, value = inputs.key[i, : block.keys, head.key], inputs.value[i, : block.keys, head.key]
+                gradient = head.zero_others(gradient_ref[i, rows, head.query])
+                query = query * scale
+                weights, inverse = softmax_parts(dot(query, key, (1, 1)) + bias)
                 weights = weights * inverse
-                keep = keep_factor(shape, second, number, first_head(shape, offset) + head.number, start, size, keys)
-                used = (weights if keep is None else weights * keep).astype(v.dtype)
-                towards = dot(given, v, (1, 1))
-                towards = towards if keep is None else towards * keep
-                change = (weights * (towards - (weights * towards).sum(-1, keepdims=True))).astype(q.dtype)
-                moved = head.of((dot(change, k, (1, 0)) * scale).astype(query_gradient.dtype))
-                query_gradient[i, rows, head.query] = query_gradient[i, rows, head.query] + moved if head.half else moved
-                key_sum[:keys, head.key] += dot(change, q, (0, 0))
-                value_sum[:keys, head.key] += dot(used, given, (0, 0))
+                factor = dropout_factor(config, inputs, i, head.number, block)
+                dropped = (weights if factor is None else weights * factor).astype(value.dtype)
+                weights_gradient = dot(gradient, value, (1, 1))
+                weights_gradient = weights_gradient if factor is None else weights_gradient * factor
+                mean = (weights * weights_gradient).sum(-1, keepdims=True)
+                scores_gradient = (weights * (weights_gradient - mean)).astype(query.dtype)
+                moved = (dot(scores_gradient, key, (1, 0)) * scale).astype(query_gradient.dtype)
+                head.write(query_gradient, i, rows, head.zero_others(moved))
+                key_sum[: block.keys, head.key] += dot(scores_gradient, query, (0, 0))
+                value_sum[: block.keys, head.key] += dot(dropped, gradient, (0, 0))
         key_gradient[i] = key_sum[...].astype(key_gradient.dtype)
         value_gradient[i] = value_sum[...].astype(value_gradient.dtype)
 
 
-def call(shape: Shape, kernel: Callable, name: str, arguments: tuple, outputs: int, interpret: bool) -> Any:
-    """Runs a kernel over the grid of rows and heads; arguments: window, offset, second, row, query, key, value, segment, ..."""
-    query, key, value, _, *more = arguments[4:]
-    n, length, width = query.shape
-    q_lanes, k_lanes = shape.heads * shape.groups * shape.width, shape.groups * shape.width
-    grid = (n // shape.rows, width // q_lanes)
-    of_query = pl.BlockSpec((shape.rows, length, q_lanes), lambda i, j: (i, 0, j))
-    of_key = pl.BlockSpec((shape.rows, length, k_lanes), lambda i, j: (i, 0, j))
-    of_row = pl.BlockSpec((shape.rows, 1, length), lambda i, j: (i, 0, 0))
-    scalar = pl.BlockSpec(memory_space=pltpu.SMEM)
-    out_specs = [of_query, of_key, of_key][:outputs]
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key, value)][:outputs]
+def run_kernel(
+    config: KernelConfig, interpret: bool, inputs: KernelInputs, gradient: jax.Array | None = None
+) -> list[jax.Array]:
+    """Runs a kernel over the grid of rows and heads.
+
+    Args:
+      config: the settings that the kernel is compiled with.
+      interpret: run it as plain operations, where there is no TPU.
+      inputs: of the kernel.
+      gradient: of the output, [n l h·k]; None runs the forward kernel.
+
+    Returns:
+      [output [n l h·k]], or the gradients [query, key, value].
+    """
+    n, length, width = inputs.query.shape
+    key_lanes = config.groups * config.width
+    query_lanes = config.heads * key_lanes
+    grid = (n // config.rows, width // query_lanes)
+    scalar_spec = pl.BlockSpec(memory_space=pltpu.SMEM)
+    query_spec = pl.BlockSpec((config.rows, length, query_lanes), lambda i, j: (i, 0, j))
+    key_spec = pl.BlockSpec((config.rows, length, key_lanes), lambda i, j: (i, 0, j))
+    segment_spec = pl.BlockSpec((config.rows, 1, length), lambda i, j: (i, 0, 0))
+    in_specs = [scalar_spec] * 4 + [query_spec, key_spec, key_spec, segment_spec]
+    if gradient is None:
+        kernel, name, products = forward_kernel, "attention_forward", 2
+        out_specs, outputs, scratch = [query_spec], [inputs.query], []
+    else:
+        kernel, name, products = backward_kernel, "attention_backward", 5
+        in_specs, out_specs = [*in_specs, query_spec], [query_spec, key_spec, key_spec]
+        outputs = [inputs.query, inputs.key, inputs.value]
+        scratch = [pltpu.VMEM((length, key_lanes), jnp.float32)] * 2
     return pl.pallas_call(
-        functools.partial(kernel, shape),
+        functools.partial(kernel, config),
         grid=grid,
-        in_specs=[scalar] * 4 + [of_query, of_key, of_key, of_row] + [of_query] * len(more),
+        in_specs=in_specs,
         out_specs=out_specs,
-        out_shape=shapes,
-        scratch_shapes=[pltpu.VMEM((length, k_lanes), jnp.float32)] * 2 * (outputs > 1),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=64 * 2**20),
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs],
+        scratch_shapes=scratch,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM_BYTES),
         interpret=interpret,
         name=name,
-        # For the plan: how often the scheduled instructions run, and the products that count.
-        metadata={
-            "grid_steps": str(math.prod(grid)),
-            "kernel_flops": str((10 if outputs > 1 else 4) * n * length * length * width),
-        },
-    )(*arguments)
+        # `planning` reads these: how often the scheduled instructions run, and the FLOPs of the products.
+        metadata={"grid_steps": str(math.prod(grid)), "kernel_flops": str(2 * products * n * length * length * width)},
+    )(*inputs, *([] if gradient is None else [gradient]))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def rows_attention(shape: Shape, interpret: bool, query: jax.Array, key: jax.Array, value: jax.Array, rest: tuple) -> jax.Array:
-    """Attention of one device: query [n l h·k], key and value [n l g·k]; rest: the scalars, segment."""
-    *scalars, segment = rest
-    arguments = (*scalars, query, key, value, segment)
-    return call(shape, forward_kernel, "attention_forward", arguments, 1, interpret)[0]
+def device_attention(config: KernelConfig, interpret: bool, inputs: KernelInputs) -> jax.Array:
+    """Attention on one device, [n l h·k]; differentiable in query, key and value."""
+    return run_kernel(config, interpret, inputs)[0]
 
 
-def rows_attention_forward(
-    shape: Shape, interpret: bool, query: jax.Array, key: jax.Array, value: jax.Array, rest: tuple
-) -> tuple[jax.Array, tuple]:
-    """The value, and what its gradient needs."""
-    return rows_attention(shape, interpret, query, key, value, rest), (query, key, value, rest)
+def _device_attention_forward(config: KernelConfig, interpret: bool, inputs: KernelInputs) -> tuple[jax.Array, KernelInputs]:
+    """Returns the value and what its gradient needs."""
+    return device_attention(config, interpret, inputs), inputs
 
 
-def rows_attention_backward(shape: Shape, interpret: bool, saved: tuple, gradient: jax.Array) -> tuple:
-    """The gradients of query, key and value."""
-    query, key, value, rest = saved
-    *scalars, segment = rest
-    arguments = (*scalars, query, key, value, segment, gradient)
-    return *call(shape, backward_kernel, "attention_backward", arguments, 3, interpret), None
+def _device_attention_backward(config: KernelConfig, interpret: bool, inputs: KernelInputs, gradient: jax.Array) -> tuple:
+    """Returns the gradients of query, key and value."""
+    query, key, value = run_kernel(config, interpret, inputs, gradient)
+    return (KernelInputs(None, None, None, None, query, key, value, None),)
 
 
-rows_attention.defvjp(rows_attention_forward, rows_attention_backward)
+device_attention.defvjp(_device_attention_forward, _device_attention_backward)
 
 
-def rows_of_step(n: int, length: int) -> int:
-    """Rows of a grid step: short rows go together, so that a step outweighs its start."""
+def rows_per_grid_step(n: int, length: int) -> int:
+    """Returns how many of n rows a grid step handles: several short ones, so that its work outweighs its start."""
     return next(rows for rows in (8, 4, 2, 1) if n % rows == 0 and (rows == 1 or rows * length <= 512))
 
 
-def fused(
-    config: ConfigDict,
-    layout: Layout,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    rows: Rows,
-) -> jax.Array:
-    """The Pallas kernel, on every device's own rows and heads; off TPU it is interpreted, for tests.
+def make_kernel_config(
+    config: ConfigDict, layout: Layout, shape: tuple[int, ...], padded_length: int, context: LayerContext
+) -> KernelConfig:
+    """Chooses the static settings that the kernels are compiled with.
+
+    Args:
+      config: `config.model`.
+      layout: how rows and heads lie on the mesh.
+      shape: of the query, (n, l, h, k), over all devices.
+      padded_length: l with its padding.
+      context: of the layer.
+
+    Returns:
+      The settings; their counts of rows and heads are per device and grid step.
 
     Raises:
-      ValueError: rows are longer than VMEM allows.
+      UserError: a row does not fit in VMEM, or the heads of a device do not fill the TPU's lanes.
     """
-    (n, real, h, k), window, noise = query.shape, rows.window, rows.noise
-    if real > LONGEST:
-        raise ValueError(f"config.data.length={real}: config.model.attention='fused' takes rows of at most {LONGEST} tokens")
-    length = -(-real // LANES) * LANES
-    shards, tensor = layout.parts
-    groups = config.num_kv_heads // tensor
-    if layout.platform == "tpu" and (groups * k) % LANES:
-        raise ValueError(
-            f"config.model.attention='fused' on TPU: {groups} key-value heads × config.model.head_dim={k} on a device must be "
-            f"a multiple of {LANES}; change them, config.mesh.tensor, or choose 'plain'"
+    n, length, h, k = shape
+    if length > LONGEST_ROW:
+        raise UserError(
+            f"config.model.attention='fused' takes rows of at most {LONGEST_ROW} tokens, not {length}; lower "
+            "config.data.length (or --max_tokens), or set config.model.attention='plain'"
         )
-    shape = Shape(
+    kv_heads_per_device = config.num_kv_heads // layout.tensor_shards
+    if layout.platform == "tpu" and (kv_heads_per_device * k) % LANES:
+        raise UserError(
+            f"config.model.attention='fused': {kv_heads_per_device} key-value heads per device × config.model.head_dim={k} "
+            f"must be a multiple of {LANES} on TPU; change config.model.num_kv_heads, config.model.head_dim or "
+            "config.mesh.tensor, or set config.model.attention='plain'"
+        )
+    return KernelConfig(
         heads=h // config.num_kv_heads,
-        groups=math.gcd(max(LANES // k, 1), groups),
+        # As many key-value heads as fill the lanes, in a number that divides the heads of a device.
+        groups=math.gcd(max(LANES // k, 1), kv_heads_per_device),
         width=k,
-        rows=rows_of_step(n // shards, length),
-        block=256 if config.causal else 512,
-        real=real,
+        rows=rows_per_grid_step(n // layout.batch_shards, padded_length),
+        block=256 if config.causal else 512,  # smaller blocks skip more of the keys that causal attention masks
+        length=length,
         causal=config.causal,
-        windowed=window is not None,
-        rate=config.attention_dropout if noise is not None else 0.0,
+        windowed=context.window is not None,
+        dropout=config.attention_dropout if context.noise is not None else 0.0,
     )
-    row, second = (jnp.zeros(n, jnp.uint32), jnp.uint32(0)) if noise is None else seeds(noise)
 
-    def flat(x: jax.Array) -> jax.Array:
-        return jnp.pad(x.reshape(n, real, -1), ((0, 0), (0, length - real), (0, 0)))
 
-    def local(
-        query: jax.Array,
-        key: jax.Array,
-        value: jax.Array,
-        row: jax.Array,
-        segment: jax.Array,
-        size: jax.Array,
-        second: jax.Array,
-    ) -> jax.Array:
-        part = jax.lax.axis_index(layout.tensor) if layout.mesh is not None and layout.tensor else 0
-        offset = jnp.full(1, part * (h // tensor), jnp.int32)
-        return rows_attention(shape, layout.platform != "tpu", query, key, value, (size, offset, second, row, segment))
+def fused(
+    config: ConfigDict, layout: Layout, query: jax.Array, key: jax.Array, value: jax.Array, context: LayerContext
+) -> jax.Array:
+    """Runs the Pallas kernel on each device's own rows and heads; where there is no TPU it is interpreted, for tests.
 
-    padded = jnp.pad(rows.segment, ((0, 0), (0, length - real)))[:, None]
-    size = jnp.full(1, 0 if window is None else window, jnp.int32)
-    arguments = (flat(query), flat(key), flat(value), row, padded, size, second[None])
-    if layout.mesh is not None:
-        by_head, by_row = P(layout.batch, None, layout.tensor), P(layout.batch)
-        local = jax.shard_map(
-            local,
-            mesh=layout.mesh,
-            in_specs=(by_head, by_head, by_head, by_row, by_row, P(), P()),
-            out_specs=by_head,
-            check_vma=False,
+    Arguments and result are those of `attention.plain`, and `layout` says how rows and heads lie on the mesh.
+
+    Raises:
+      UserError: from `make_kernel_config`.
+    """
+    n, length, h, k = query.shape
+    padding = -length % LANES
+    kernel_config = make_kernel_config(config, layout, query.shape, length + padding, context)
+    row_seed, last_seed = (jnp.zeros(n, jnp.uint32), jnp.uint32(0)) if context.noise is None else hash_seeds(context.noise)
+
+    def flatten(x: jax.Array) -> jax.Array:
+        """[n l h k] -> [n l+padding h·k]."""
+        return jnp.pad(x.reshape(n, length, -1), ((0, 0), (0, padding), (0, 0)))
+
+    def attend_on_device(inputs: KernelInputs) -> jax.Array:
+        tensor_index = jax.lax.axis_index(layout.tensor) if layout.mesh is not None and layout.tensor else 0
+        head_offset = jnp.full(1, tensor_index * (h // layout.tensor_shards), jnp.int32)
+        return device_attention(kernel_config, layout.platform != "tpu", inputs._replace(head_offset=head_offset))
+
+    with jax.named_scope("kernel"):
+        inputs = KernelInputs(
+            window=jnp.full(1, 0 if context.window is None else context.window, jnp.int32),
+            head_offset=None,  # each device has its own
+            last_seed=last_seed[None],
+            row_seed=row_seed,
+            query=flatten(query),
+            key=flatten(key),
+            value=flatten(value),
+            segment=jnp.pad(context.segment, ((0, 0), (0, padding)))[:, None],  # [n l] -> [n 1 l+padding]
         )
-    return local(*arguments)[:, :real].reshape(n, real, h, k)
+        if layout.mesh is not None:
+            by_row, by_row_and_head = P(layout.batch), P(layout.batch, None, layout.tensor)
+            specs = KernelInputs(P(), None, P(), by_row, by_row_and_head, by_row_and_head, by_row_and_head, by_row)
+            attend_on_device = jax.shard_map(
+                attend_on_device, mesh=layout.mesh, in_specs=(specs,), out_specs=by_row_and_head, check_vma=False
+            )
+        return attend_on_device(inputs)[:, :length].reshape(n, length, h, k)  # [n l+padding h·k] -> [n l h k]

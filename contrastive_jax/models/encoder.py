@@ -1,6 +1,9 @@
-"""The text encoder: a Transformer, a pooling, an optional projection, unit length.
+"""The text encoder: a Transformer, pooling, an optional projection, and division by the length of the vector.
 
-Dimensions: n rows, l tokens of a row, g texts that share r rows, t = r · l, d width, e embedding.
+Packing: the spans of p pairs share r rows, a group; without packing p = r = 1, and a row is a group.
+
+Dimensions: n rows, l tokens per row, g groups, r = n / g rows per group, t = r · l tokens per group, p spans per group,
+d width, e embedding size.
 """
 
 from collections.abc import Callable
@@ -11,36 +14,32 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from contrastive_jax.models import attention, transformer
-from contrastive_jax.models.layout import Layout
-from contrastive_jax.models.rows import Noise
+from contrastive_jax.config import UserError
+from contrastive_jax.models.attention import Attend, make_attend
+from contrastive_jax.models.dropout import Noise
+from contrastive_jax.models.transformer import Linear, Transformer
+from contrastive_jax.runtime.layout import Layout
 
 Params = Any  # nested dict of arrays
 
 ONE_DEVICE = Layout()
 
-CHOICES = {
-    "mlp": (*transformer.ACTIVATIONS, *transformer.GATED),
-    "norm": ("layernorm", "rmsnorm"),
-    "norm_position": ("pre", "post"),
-    "position": ("learned", "rotary", "none"),
-    "pooling": ("mean", "cls", "eos"),
-    "attention": ("auto", "plain", "fused"),
-    "remat": ("none", "dots", "attention", "full"),
-    "dtype": ("float32", "bfloat16"),
-}
-
 
 class Encoder(NamedTuple):
-    """A pure view of the model.
+    """The encoder as pure functions of its parameters.
+
+        encoder = make_encoder(config.model, vocab_size=8192)
+        params = encoder.init(jax.random.key(0))
+        z = encoder.apply(params, tokens, mask)  # [n e]
 
     Attributes:
-      init: key → params, a nested dict of float32 arrays.
-      apply: (params, tokens int32[n l], segment int32[n l], key=None, row=None, packing=(1, 1)) → unit vectors float32[m e].
-        Each r rows hold the spans of g texts, (g, r) = packing, m = n / r · g: `segment` is 1 … g on them and 0 beside them (a
-        mask, where a row is a text). Dropout where a key is given, by row int32[n], the number of each row in the global batch
-        (None: its place).
-      axes: nested dict like params: the logical axis names of each parameter.
+      init: random key → params, a nested dict of float32 arrays.
+      apply: (params, tokens int32[n l], segment [n l], rng=None, row=None, packing=(1, 1)) → unit vectors float32[g·p e].
+        `segment` is int32: it numbers the spans of a group 1 ... p, and is 0 on padding. Without packing it may be a bool mask,
+        and the padding of a row must come last.
+        `rng` is a random key for dropout; None: no dropout. `row`, int32[n], is each row's index in the global batch, on which
+        its dropout depends; None: 0 ... n - 1. `packing` is (p, r): every r consecutive rows are a group of p spans.
+      axes: the logical axes of each parameter, a nested dict like params.
     """
 
     init: Callable[[jax.Array], Params]
@@ -49,21 +48,13 @@ class Encoder(NamedTuple):
 
 
 class TextEncoder(nnx.Module):
-    """Tokens to one unit vector a text."""
+    """Maps tokens to a unit vector per span."""
 
-    def __init__(
-        self,
-        config: ConfigDict,
-        vocab_size: int,
-        length: int,
-        attend: attention.Attend,
-        layout: Layout,
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, config: ConfigDict, vocab_size: int, attend: Attend, layout: Layout, rngs: nnx.Rngs):
         self.config = config
-        self.transformer = transformer.Transformer(config, vocab_size, length, attend, layout, rngs)
+        self.transformer = Transformer(config, vocab_size, attend, layout, rngs)
         self.projection = (
-            transformer.Linear(config, layout, (config.d_model, config.embedding_dim), ("embed", None), rngs)
+            Linear(config, layout, (config.d_model, config.embedding_dim), ("embed", None), rngs)
             if config.embedding_dim
             else None
         )
@@ -75,106 +66,109 @@ class TextEncoder(nnx.Module):
         noise: Noise | None = None,
         packing: tuple[int, int] = (1, 1),
     ) -> jax.Array:
-        """Tokens and segment int32[n l], (g, r) = packing → unit vectors float32[n/r·g e]; dropout where `noise` is given."""
-        spans, rows = packing
-        x = self.transformer(tokens, segment, places(segment) if spans > 1 else None, noise)
-        x = x.reshape(-1, rows * x.shape[1], x.shape[2])
-        mask = segment.reshape(*x.shape[:2], 1) == jnp.arange(1, spans + 1)
-        x = pool(x, mask, self.config.pooling).astype(jnp.float32).reshape(-1, x.shape[2])
-        if self.projection is not None:
-            x = self.projection(x)
-        return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-12))
+        """Encodes the spans of n rows.
+
+        Args:
+          tokens: int32[n l].
+          segment: int32[n l], the number of each token's span in its group, 1 ... p; 0 is padding.
+          noise: the randomness of dropout. None: no dropout.
+          packing: (p, r).
+
+        Returns:
+          Unit vectors float32[g·p e], group by group, in each group in the order of the spans' numbers.
+        """
+        p, r = packing
+        x = self.transformer(tokens, segment, position_in_span(segment) if p > 1 else None, noise)
+        with jax.named_scope("pooling"):
+            x = x.reshape(-1, r * x.shape[1], x.shape[2])  # [n l d] -> [g t d]
+            mask = segment.reshape(*x.shape[:2], 1) == jnp.arange(1, p + 1)  # [n l] -> [g t p]
+            x = pool(x, mask, self.config.pooling).astype(jnp.float32).reshape(-1, x.shape[2])  # [g p d] -> [g·p d]
+            if self.projection is not None:
+                x = self.projection(x)
+            return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-12))
 
 
-def places(segment: jax.Array) -> jax.Array:
-    """The place of each token in its span, from segment int32[n l], whose spans are contiguous."""
+def position_in_span(segment: jax.Array) -> jax.Array:
+    """Returns the index of each token in its span, from segment int32[n l] whose spans are contiguous: int32[n l]."""
     index = jax.lax.broadcasted_iota(jnp.int32, segment.shape, 1)
     begins = jnp.pad(segment[:, 1:] != segment[:, :-1], ((0, 0), (1, 0)))
     return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
 
 
 def pool(x: jax.Array, mask: jax.Array, pooling: str) -> jax.Array:
-    """x[n t d], mask bool[n t g] of the tokens of each text → [n g d]: their mean, the first ("cls") or the last ("eos")."""
+    """Makes one vector of the token states of each span.
+
+    Args:
+      x: [g t d].
+      mask: bool[g t p], which tokens belong to which span.
+      pooling: "mean" of the tokens, "cls" (the first token) or "eos" (the last token).
+
+    Returns:
+      [g p d]: float32 for "mean", else in the type of x. A span without tokens has mean 0.
+    """
     if pooling == "mean":
-        if mask.shape[2] == 1:  # the gradient of a sum is a broadcast, that of a product is transposed
+        if mask.shape[2] == 1:  # faster than the product: the gradient of a sum is a broadcast, that of a product a transpose
             total = jnp.where(mask, x, 0).sum(1, keepdims=True, dtype=jnp.float32)
         else:
-            total = jnp.einsum("ntg,ntd->ngd", mask.astype(x.dtype), x, preferred_element_type=jnp.float32)
+            total = jnp.einsum("gtp,gtd->gpd", mask.astype(x.dtype), x, preferred_element_type=jnp.float32)
         return total / jnp.maximum(mask.sum(1)[:, :, None], 1)
-    place = jnp.arange(x.shape[1])[:, None]
-    index = jnp.where(mask, place, x.shape[1] - 1).min(1) if pooling == "cls" else jnp.where(mask, place, 0).max(1)
+    token = jnp.arange(x.shape[1])[:, None]
+    index = jnp.where(mask, token, x.shape[1] - 1).min(1) if pooling == "cls" else jnp.where(mask, token, 0).max(1)  # [g p]
     return jnp.take_along_axis(x, index[:, :, None], axis=1)
 
 
-LEAST = dict.fromkeys(("d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff", "global_every"), 1) | dict.fromkeys(
-    ("num_layers", "embedding_dim", "local_window", "init_std"), 0
-)
+def check_model(config: ConfigDict) -> None:
+    """Checks the rules that involve more than one key of `config.model`; `config.check` has the rules of single keys.
 
-
-def check(config: ConfigDict) -> None:
-    """Raises ValueError, naming the key, for a model that cannot be built."""
-    for key, choices in CHOICES.items():
-        if config[key] not in choices:
-            raise ValueError(f"config.model.{key}={config[key]!r}: choose one of {', '.join(choices)}")
-    for key, least in LEAST.items():
-        if config[key] < least:
-            raise ValueError(f"config.model.{key}={config[key]}: must be at least {least}")
-    for key in ("rope_theta", "local_rope_theta", "norm_eps"):
-        if config[key] <= 0:
-            raise ValueError(f"config.model.{key}={config[key]}: must be above 0")
+    Raises:
+      UserError: the model cannot be built; the message names the keys.
+    """
     if config.num_heads % config.num_kv_heads:
-        raise ValueError(
+        raise UserError(
             f"config.model.num_kv_heads={config.num_kv_heads} must divide config.model.num_heads={config.num_heads}"
         )
     if config.position == "rotary" and config.head_dim % 2:
-        raise ValueError(f"config.model.head_dim={config.head_dim}: rotary positions need an even one")
-    for key in ("dropout", "attention_dropout"):
-        if not 0 <= config[key] < 1:
-            raise ValueError(f"config.model.{key}={config[key]}: must be in [0, 1)")
+        raise UserError(f"config.model.head_dim={config.head_dim} must be even because config.model.position='rotary'")
 
 
-def make(config: ConfigDict, vocab_size: int, length: int, layout: Layout = ONE_DEVICE) -> Encoder:
+def make_encoder(config: ConfigDict, vocab_size: int, layout: Layout = ONE_DEVICE) -> Encoder:
     """Builds the encoder without allocating anything.
 
     Args:
       config: `config.model`.
-      vocab_size: ids the tokenizer can give.
-      length: longest row, the size of a learned position table.
-      layout: how activations lie on the mesh.
+      vocab_size: the number of rows of the embedding table: larger than any token id.
+      layout: how activations and parameters lie on the mesh.
 
     Raises:
-      ValueError: a key has a value that is not one of its choices, or two keys exclude each other.
+      UserError: from `check_model` or `attention.make_attend`.
     """
-    check(config)
-    attend = attention.make(config, layout)
+    check_model(config)
+    attend = make_attend(config, layout)
 
-    def model(rngs: nnx.Rngs) -> TextEncoder:
-        return TextEncoder(config, vocab_size, length, attend, layout, rngs)
+    def make_module(rngs: nnx.Rngs) -> TextEncoder:
+        return TextEncoder(config, vocab_size, attend, layout, rngs)
 
-    def construct(key: jax.Array) -> tuple[Any, Any]:
-        return nnx.split(model(nnx.Rngs(params=key)), nnx.Param)
+    def init(rng: jax.Array) -> Params:
+        return nnx.to_pure_dict(nnx.split(make_module(nnx.Rngs(params=rng)), nnx.Param)[1])
 
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: model(nnx.Rngs(0))), nnx.Param)
-
-    def axes(variable: nnx.Variable) -> tuple[str | None, ...]:
-        names = variable.get_metadata()["axes"]
-        return ("layers",) * (len(variable.shape) - len(names)) + names  # stacked blocks have one axis more
+    graphdef, abstract_state = nnx.split(nnx.eval_shape(lambda: make_module(nnx.Rngs(0))), nnx.Param)
 
     def apply(
         params: Params,
         tokens: jax.Array,
         segment: jax.Array,
-        key: jax.Array | None = None,
+        rng: jax.Array | None = None,
         row: jax.Array | None = None,
         packing: tuple[int, int] = (1, 1),
     ) -> jax.Array:
         row = jnp.arange(len(tokens), dtype=jnp.int32) if row is None else row
-        noise = None if key is None else Noise(key, row)
+        noise = None if rng is None else Noise(rng, row)
         return nnx.merge(graphdef, params)(tokens, segment.astype(jnp.int32), noise, packing)
 
-    flat = nnx.to_flat_state(abstract)
-    return Encoder(
-        init=lambda key: nnx.to_pure_dict(construct(key)[1]),
-        apply=apply,
-        axes=nnx.to_pure_dict(nnx.from_flat_state([(path, axes(variable)) for path, variable in flat])),
-    )
+    def axes_of(variable: nnx.Variable) -> tuple[str | None, ...]:
+        names = variable.get_metadata()["axes"]
+        return ("layers",) * (len(variable.shape) - len(names)) + names  # the parameters of blocks are stacked on a first axis
+
+    variables = nnx.to_flat_state(abstract_state)
+    axes = nnx.to_pure_dict(nnx.from_flat_state([(path, axes_of(variable)) for path, variable in variables]))
+    return Encoder(init, apply, axes)

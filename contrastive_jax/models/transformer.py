@@ -1,7 +1,7 @@
 """One Transformer, which its config turns into a BERT-, GPT- or ModernBERT-like model.
 
-Dimensions: n rows, l query tokens, s key tokens, d width, h heads, g key-value heads, r = h / g, k head width, f feed-forward.
-Parameters carry the names of their logical axes in the metadata `axes`; `sharding.py` maps these to the mesh.
+Dimensions: n rows, l tokens per row, d width, h heads, g key-value heads, k head width, f feed-forward width.
+Each parameter carries the names of its logical axes as metadata `axes`; `runtime.sharding` maps them to axes of the mesh.
 """
 
 import functools
@@ -16,47 +16,27 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.nn import initializers
 from ml_collections import ConfigDict
 
+from contrastive_jax.models import ops
 from contrastive_jax.models.attention import Attend
-from contrastive_jax.models.layout import Layout
-from contrastive_jax.models.rows import Noise, Rows, dropout
+from contrastive_jax.models.dropout import Noise, dropout
+from contrastive_jax.models.layer_context import LayerContext
+from contrastive_jax.runtime.layout import Layout
 
 EXACT_GELU = functools.partial(jax.nn.gelu, approximate=False)
-ACTIVATIONS: dict[str, Callable] = {"gelu": jax.nn.gelu, "gelu_exact": EXACT_GELU}
+PLAIN: dict[str, Callable] = {"gelu": jax.nn.gelu, "gelu_exact": EXACT_GELU}
 GATED: dict[str, Callable] = {"geglu": jax.nn.gelu, "geglu_exact": EXACT_GELU, "swiglu": jax.nn.silu}
+
+# The name of attention's output before its projection, for the policies of `rematerialize`.
+ATTENTION_OUTPUT = "attention_output"
 
 
 def parameter(rngs: nnx.Rngs, init: Callable, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
-    """A float32 parameter with one logical axis name (or None) a dimension."""
+    """Returns a float32 parameter; `axes` has one logical axis name, or None, per dimension."""
     return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
 
 
-def rotate(x: jax.Array, position: jax.Array, theta: jax.Array | float) -> jax.Array:
-    """Rotary positions (Su et al., arXiv 2104.09864), halves as in GPT-NeoX: x[n l h k], position int32[n l] or [1 l]."""
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = position.astype(jnp.float32)[:, :, None, None] * frequency
-    a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def repeated(table: jax.Array, n: int) -> jax.Array:
-    """Table [l d] for each of n rows.
-
-    Its gradient is summed by a product: XLA's sum over the first axis is 20 × as slow on CPU.
-    """
-    return jnp.broadcast_to(table, (n, *table.shape))
-
-
-repeated.defvjp(
-    lambda table, n: (repeated(table, n), None),
-    lambda n, _, gradient: (jnp.einsum("n,nld->ld", jnp.ones(n, gradient.dtype), gradient),),
-)
-
-
 class Norm(nnx.Module):
-    """LayerNorm or RMSNorm over the last axis, statistics in float32."""
+    """LayerNorm or RMSNorm over the last axis, with statistics in float32."""
 
     def __init__(self, config: ConfigDict, rngs: nnx.Rngs):
         self.centred, self.eps = config.norm == "layernorm", config.norm_eps
@@ -65,43 +45,21 @@ class Norm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalises x[... d]."""
-        return normalise(self.centred, self.eps, x, self.scale[...], None if self.bias is None else self.bias[...])
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def normalise(centred: bool, eps: float, x: jax.Array, scale: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """x[... d] with mean 0 (if centred) and variance 1, times scale[d], plus bias[d]."""
-    return normalise_forward(centred, eps, x, scale, bias)[0]
-
-
-def normalise_forward(
-    centred: bool, eps: float, x: jax.Array, scale: jax.Array, bias: jax.Array | None
-) -> tuple[jax.Array, tuple]:
-    """The value and what its gradient needs: of the size of x, x alone. One pass over x finds both statistics."""
-    y = x.astype(jnp.float32)
-    variance = jnp.square(y).mean(-1, keepdims=True)
-    mean = y.mean(-1, keepdims=True) if centred else jnp.zeros_like(variance)
-    inverse = jax.lax.rsqrt(jnp.maximum(variance - jnp.square(mean), 0) + eps)
-    y = (y - mean) * inverse * scale
-    return (y if bias is None else y + bias).astype(x.dtype), (x, scale, bias, mean, inverse)
-
-
-def normalise_backward(centred: bool, eps: float, saved: tuple, gradient: jax.Array) -> tuple:
-    """With y = (x - mean) · inverse and t = gradient · scale: inverse · (t - mean(t) - y · mean(t · y))."""
-    del eps
-    x, scale, bias, mean, inverse = saved
-    gradient, y = gradient.astype(jnp.float32), (x.astype(jnp.float32) - mean) * inverse
-    t, rows = gradient * scale, tuple(range(x.ndim - 1))
-    change = t - y * (t * y).mean(-1, keepdims=True)
-    change = inverse * (change - t.mean(-1, keepdims=True) if centred else change)
-    return change.astype(x.dtype), (gradient * y).sum(rows), None if bias is None else gradient.sum(rows)
-
-
-normalise.defvjp(normalise_forward, normalise_backward)
+        return ops.normalize(self.centred, self.eps, x, self.scale[...], None if self.bias is None else self.bias[...])
 
 
 class Linear(nnx.Module):
-    """y[n l out] = x[n l in] · kernel[in out] (+ bias[out]) in the type of x, where heads × width count as one axis."""
+    """A linear map in the type of its input: y[n l out] = x[n l in] · kernel[in out] (+ bias[out]).
+
+    Args:
+      config: `config.model`.
+      layout: how parameters lie on the mesh.
+      shape: of the kernel: the input dimensions, then the output dimensions. In x and y, heads × width is one axis.
+      axes: a logical axis name, or None, per dimension of the kernel.
+      rngs: for the initial values.
+      contract: the number of input dimensions of the kernel.
+      init_std: standard deviation of the kernel's initial values. None: `config.init_std`.
+    """
 
     def __init__(
         self,
@@ -122,13 +80,14 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x[n l in] to [n l out]."""
         kernel = self.layout.gather(self.kernel[...].astype(x.dtype), self.axes)
-        # A product with more than two axes would leave its result in a layout that must be copied for attention.
-        y = x @ kernel.reshape(math.prod(kernel.shape[: self.contract]), -1)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype).reshape(-1)
+        # A product with more than two axes would leave its result in a memory layout that attention would have to copy.
+        kernel = kernel.reshape(math.prod(kernel.shape[: self.contract]), -1)  # e.g. [d h k] -> [d h·k], [h k d] -> [h·k d]
+        y = x @ kernel
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype).reshape(-1)  # e.g. [h k] -> [h·k]
 
 
 class Attention(nnx.Module):
-    """Multi-head attention, full or grouped, with rotary positions where the config says so."""
+    """Multi-head attention, full or grouped, with rotary positions if `config.position` says so."""
 
     def __init__(self, config: ConfigDict, attend: Attend, layout: Layout, out_std: float, rngs: nnx.Rngs):
         self.config, self.attend = config, attend
@@ -138,23 +97,30 @@ class Attention(nnx.Module):
         self.value = Linear(config, layout, (d, g, k), ("embed", "kv_heads", None), rngs)
         self.out = Linear(config, layout, (h, k, d), ("heads", None, "embed"), rngs, contract=2, init_std=out_std)
 
-    def __call__(self, x: jax.Array, rows: Rows) -> jax.Array:
+    def __call__(self, x: jax.Array, context: LayerContext) -> jax.Array:
         """Maps x[n l d] to [n l d]."""
-        heads = (self.query(x), self.key(x), self.value(x))
-        query, key, value = (y.reshape(*x.shape[:2], -1, self.config.head_dim) for y in heads)
-        if self.config.position == "rotary":
-            query, key = rotate(query, rows.position, rows.theta), rotate(key, rows.position, rows.theta)
-        mixed = self.attend(query, key, value, rows).reshape(*x.shape[:2], -1)
-        return self.out(checkpoint_name(mixed, "mixed"))
+        with jax.named_scope("attention"):
+            with jax.named_scope("qkv"):
+                projections = (self.query(x), self.key(x), self.value(x))
+                # [n l h·k] -> [n l h k]; key and value [n l g·k] -> [n l g k]
+                query, key, value = (y.reshape(*x.shape[:2], -1, self.config.head_dim) for y in projections)
+            if self.config.position == "rotary":
+                with jax.named_scope("rope"):
+                    query = ops.rotate(query, context.position, context.theta)
+                    key = ops.rotate(key, context.position, context.theta)
+            mixed = self.attend(query, key, value, context).reshape(*x.shape[:2], -1)  # [n l h k] -> [n l h·k]
+            with jax.named_scope("out"):
+                return self.out(checkpoint_name(mixed, ATTENTION_OUTPUT))
 
 
 class Mlp(nnx.Module):
-    """Feed-forward branch: GELU (BERT, GPT) or gated (GLU variants, Shazeer, arXiv 2002.05202)."""
+    """The feed-forward branch: GELU (BERT, GPT) or a gated linear unit (Shazeer, arXiv 2002.05202)."""
 
     def __init__(self, config: ConfigDict, layout: Layout, out_std: float, rngs: nnx.Rngs):
         d, f = config.d_model, config.d_ff
-        activation = (ACTIVATIONS | GATED)[config.mlp]
-        # Only its argument is kept for the backward pass; where the block is recomputed, that is so already.
+        activation = (PLAIN | GATED)[config.mlp]
+        # Store the activation's input only, and compute its output again in the backward pass. The other policies of
+        # config.remat recompute it anyway.
         self.activation = jax.checkpoint(activation) if config.remat == "none" else activation
         self.up = Linear(config, layout, (d, f), ("embed", "mlp"), rngs)
         self.gate = Linear(config, layout, (d, f), ("embed", "mlp"), rngs) if config.mlp in GATED else None
@@ -162,15 +128,16 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x[n l d] to [n l d]."""
-        y = self.up(x)
-        return self.down(self.activation(y) if self.gate is None else self.activation(self.gate(x)) * y)
+        with jax.named_scope("mlp"):
+            y = self.up(x)
+            return self.down(self.activation(y) if self.gate is None else self.activation(self.gate(x)) * y)
 
 
 class Block(nnx.Module):
-    """Attention and feed-forward, each on a residual branch with its norm before (pre) or after (post) it."""
+    """Attention and feed-forward, each on a residual branch whose norm stands before ("pre") or after it ("post")."""
 
     def __init__(self, config: ConfigDict, attend: Attend, layout: Layout, rngs: nnx.Rngs):
-        # GPT-2's scaling of the branches' outputs, or zero: the block then starts as the identity.
+        # GPT-2 scales the outputs of the branches down with depth. With 0 the block starts as the identity.
         out_std = 0.0 if config.zero_init_branches else config.init_std / (2 * config.num_layers) ** 0.5
         self.config = config
         self.attention_norm = Norm(config, rngs)
@@ -178,93 +145,118 @@ class Block(nnx.Module):
         self.mlp_norm = Norm(config, rngs)
         self.mlp = Mlp(config, layout, out_std, rngs)
 
-    def __call__(self, x: jax.Array, rows: Rows) -> jax.Array:
-        """Maps x[n l d] to [n l d]; dropout where `rows.noise` is given."""
-        c, noise = self.config, rows.noise
-        each = [None] * 3 if noise is None else [Noise(key, noise.row) for key in jax.random.split(noise.key, 3)]
-        inner = rows._replace(noise=each[0])
-        if c.norm_position == "pre":
+    def __call__(self, x: jax.Array, context: LayerContext) -> jax.Array:
+        """Maps x[n l d] to [n l d], with dropout if `context.noise` is not None."""
+        rate, noise = self.config.dropout, context.noise
+        weights_noise = attention_noise = mlp_noise = None
+        if noise is not None:
+            weights_noise, attention_noise, mlp_noise = (Noise(rng, noise.row) for rng in jax.random.split(noise.rng, 3))
+        inner = context._replace(noise=weights_noise)
+        if self.config.norm_position == "pre":
             y = self.attention_norm(x)
-            y = y if rows.normed is None else jnp.where(rows.normed, x, y)
-            x = x + dropout(self.attention(y, inner), c.dropout, each[1])
-            return x + dropout(self.mlp(self.mlp_norm(x)), c.dropout, each[2])
-        x = self.attention_norm(x + dropout(self.attention(x, inner), c.dropout, each[1]))
-        return self.mlp_norm(x + dropout(self.mlp(x), c.dropout, each[2]))
+            y = y if context.input_is_normed is None else jnp.where(context.input_is_normed, x, y)
+            x = x + dropout(self.attention(y, inner), rate, attention_noise)
+            return x + dropout(self.mlp(self.mlp_norm(x)), rate, mlp_noise)
+        x = self.attention_norm(x + dropout(self.attention(x, inner), rate, attention_noise))
+        return self.mlp_norm(x + dropout(self.mlp(x), rate, mlp_noise))
 
 
 class Transformer(nnx.Module):
-    """Token ids to contextual vectors; blocks are stacked and scanned, so compile time does not grow with depth."""
+    """Maps token ids to contextual vectors.
 
-    def __init__(self, config: ConfigDict, vocab_size: int, length: int, attend: Attend, layout: Layout, rngs: nnx.Rngs):
+    The parameters of all blocks are stacked and the blocks are scanned, so that compile time does not grow with depth.
+    """
+
+    def __init__(self, config: ConfigDict, vocab_size: int, attend: Attend, layout: Layout, rngs: nnx.Rngs):
         self.config, self.layout = config, layout
         init = initializers.normal(config.init_std)
         self.embedding = parameter(rngs, init, (vocab_size, config.d_model), ("vocab", "embed"))
         self.position_embedding = (
-            parameter(rngs, init, (length, config.d_model), (None, "embed")) if config.position == "learned" else None
+            parameter(rngs, init, (config.max_length, config.d_model), (None, "embed"))
+            if config.position == "learned"
+            else None
         )
         self.embedding_norm = Norm(config, rngs) if config.embedding_norm else None
-        blocks = nnx.vmap(lambda r: Block(config, attend, layout, r))
+        blocks = nnx.vmap(lambda block_rngs: Block(config, attend, layout, block_rngs))
         self.blocks = blocks(rngs.split(config.num_layers)) if config.num_layers else None
         self.final_norm = Norm(config, rngs) if config.final_norm else None
 
     def __call__(
         self, tokens: jax.Array, segment: jax.Array, position: jax.Array | None = None, noise: Noise | None = None
     ) -> jax.Array:
-        """Tokens int32[n l], segment int32[n l], position int32[n l] (None: one span a row) → [n l d]; dropout if `noise`."""
-        c = self.config
-        first = later = None
+        """Computes a vector per token.
+
+        Args:
+          tokens: int32[n l]; with learned positions l is at most `config.max_length`.
+          segment: int32[n l], the number of each token's span, from 1; 0 is padding.
+          position: int32[n l], the index of each token in its span. None: each row is one span, and its padding comes last.
+          noise: the randomness of dropout. None: no dropout.
+
+        Returns:
+          The token states [n l d] in `config.dtype`.
+        """
+        config = self.config
+        embedding_noise = block_noise = None
         if noise is not None:
-            keys = jax.random.split(noise.key, c.num_layers + 1)
-            first, later = Noise(keys[-1], noise.row), Noise(keys[:-1], noise.row)
-        x = self.layout.rows(self.layout.gather(self.embedding[...], ("vocab", "embed"))[tokens])
-        if self.position_embedding is not None:
-            places = self.position_embedding[...]
-            x = x + (repeated(places[: tokens.shape[1]], len(x)) if position is None else places[position])
-        if self.embedding_norm is not None:
-            x = self.embedding_norm(x)
-        x = dropout(x.astype(c.dtype), c.dropout, first)
+            rngs = jax.random.split(noise.rng, config.num_layers + 1)
+            embedding_noise, block_noise = Noise(rngs[-1], noise.row), Noise(rngs[:-1], noise.row)
+        with jax.named_scope("embedding"):
+            x = self.embed(tokens, position)
+            x = dropout(x.astype(config.dtype), config.dropout, embedding_noise)
         if self.blocks is not None:
+            span_length = (segment > 0).sum(1, dtype=jnp.int32) if position is None else None
             position = jnp.arange(tokens.shape[1])[None] if position is None else position
-            x = self.apply_blocks(x, Rows(segment, position, noise=later))
+            x = self.apply_blocks(x, LayerContext(segment, position, span_length, noise=block_noise))
         return x if self.final_norm is None else self.final_norm(x)
 
-    def apply_blocks(self, x: jax.Array, rows: Rows) -> jax.Array:
-        """Runs all blocks on x[n l d]; one key of `rows.noise` a layer."""
-        c = self.config
-        graphdef, stacked = nnx.split(self.blocks)
+    def embed(self, tokens: jax.Array, position: jax.Array | None) -> jax.Array:
+        """Returns the sum of token and position embeddings, normalised if the model has an embedding norm: float32[n l d]."""
+        x = self.layout.rows(self.layout.gather(self.embedding[...], ("vocab", "embed"))[tokens])
+        if self.position_embedding is not None:
+            table = self.position_embedding[...]
+            x = x + (ops.repeat_table(table[: tokens.shape[1]], len(x)) if position is None else table[position])
+        return x if self.embedding_norm is None else self.embedding_norm(x)
 
-        def body(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
-            params, key, number = layer
+    def apply_blocks(self, x: jax.Array, context: LayerContext) -> jax.Array:
+        """Applies all blocks to x[n l d]; `context.noise.rng` has one random key per layer."""
+        config = self.config
+        graphdef, stacked_params = nnx.split(self.blocks)
+
+        def apply_block(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
+            params, rng, number = layer
             block: Any = nnx.merge(graphdef, params)
-            given = rows._replace(noise=None if rows.noise is None else Noise(key, rows.noise.row), theta=c.rope_theta)
-            if c.embedding_norm and c.norm_position == "pre":  # ModernBERT: it is the first block's attention norm too
-                given = given._replace(normed=number == 0)
-            if c.local_window:
-                everywhere = number % c.global_every == 0  # ModernBERT's order: the first of every `global_every`
-                given = given._replace(
-                    window=jnp.where(everywhere, x.shape[1], c.local_window),
-                    theta=jnp.where(everywhere, c.rope_theta, c.local_rope_theta),
+            noise = None if context.noise is None else Noise(rng, context.noise.row)
+            own = context._replace(noise=noise, theta=config.rope_theta)
+            if (
+                config.embedding_norm and config.norm_position == "pre"
+            ):  # ModernBERT: it is the first block's attention norm too
+                own = own._replace(input_is_normed=number == 0)
+            if config.local_window:
+                is_global = number % config.global_every == 0  # ModernBERT's order: the first of every `global_every` layers
+                own = own._replace(
+                    window=jnp.where(is_global, x.shape[1], config.local_window),
+                    theta=jnp.where(is_global, config.rope_theta, config.local_rope_theta),
                 )
-            return self.layout.rows(block(x, given)), None
+            return self.layout.rows(block(x, own)), None
 
-        keys = None if rows.noise is None else rows.noise.key
-        layers, body = (stacked, keys, jnp.arange(c.num_layers)), remat(body, c.remat)
-        if c.scan:
-            return jax.lax.scan(body, x, layers)[0]
-        for number in range(c.num_layers):
-            x, _ = body(x, jax.tree.map(lambda leaf, i=number: leaf[i], layers))
+        rngs = None if context.noise is None else context.noise.rng
+        layers, apply_block = (stacked_params, rngs, jnp.arange(config.num_layers)), rematerialize(apply_block, config.remat)
+        if config.scan:
+            return jax.lax.scan(apply_block, x, layers)[0]
+        for number in range(config.num_layers):
+            x, _ = apply_block(x, jax.tree.map(lambda leaf, i=number: leaf[i], layers))
         return x
 
 
-def remat(body: Callable, policy: str) -> Callable:
-    """A block whose backward pass recomputes what `policy` does not save."""
-    saved = jax.checkpoint_policies
+def rematerialize(apply_block: Callable, policy: str) -> Callable:
+    """Makes the backward pass of a block recompute what `policy`, a value of `config.remat`, does not save."""
     if policy == "none":
-        return body
-    names = saved.save_only_these_names("mixed")
+        return apply_block
+    policies = jax.checkpoint_policies
+    save_attention = policies.save_only_these_names(ATTENTION_OUTPUT)
     chosen = {
-        "dots": saved.save_from_both_policies(saved.dots_with_no_batch_dims_saveable, names),
-        "attention": names,
-        "full": saved.nothing_saveable,
-    }
-    return jax.checkpoint(body, policy=chosen[policy])
+        "dots": policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, save_attention),
+        "attention": save_attention,
+        "full": policies.nothing_saveable,
+    }[policy]
+    return jax.checkpoint(apply_block, policy=chosen)

@@ -1,1 +1,1 @@
-"""What a step would do on hardware one doesn't own: the hardware, the compiled program, the estimate."""
+"""Compiles a train step for hardware that is not present: memory, speed, what fits."""

@@ -1,22 +1,20 @@
-"""From a compiled program to seconds: the compiler's cycles (TPU) or a roofline (GPU, CPU), loops multiplied, transfers added.
+"""Estimates the time of a compiled program: loops multiplied by their trip counts, transfers added to compute.
 
-What the estimate is made of:
+* TPU compute: XLA annotates every fusion with `estimated_cycles`. A Pallas kernel is a custom call without an estimate; its
+  time is the length of the compiler's static schedule of one grid step (instruction bundles, one per cycle) times the number of
+  grid steps, divided by the number of cores.
+* GPU and CPU compute: a roofline. A kernel takes as long as its FLOPs at peak rate, or as moving its operands and results at
+  the memory's bandwidth, whichever is longer.
+* Transfers: bytes over the bandwidth of the links between the devices of the group, or, between TPU slices, of their hosts'
+  network. Asynchronous transfers hide behind the compute of their computation as far as it lasts; the others are added.
 
-* TPU: XLA writes `estimated_cycles` beside every fusion; a loop's are multiplied by its trip count. Pallas kernels are custom
-  calls without an estimate: theirs is the compiler's static schedule of one grid step (instruction bundles, one a cycle) times
-  the grid's steps, divided by the cores.
-* GPU and CPU: the longer of a kernel's FLOPs at peak and its operands and results at the memory's bandwidth.
-* Transfers: bytes over the bandwidth of the links that a group spans. In a computation, asynchronous ones hide behind its
-  compute as far as that lasts; the others are added.
-
-All of it assumes that nothing else slows the chip: an upper bound of utilisation.
+Nothing else is assumed to slow the chip down, so the estimated utilisation is an upper bound.
 """
 
 import math
 import pathlib
 import re
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,81 +23,100 @@ from contrastive_jax.planning import program as program_lib
 from contrastive_jax.planning.hardware import Target
 from contrastive_jax.planning.program import Collective, Instruction, Program
 
-# Custom calls of TPU programs that mark something and do nothing.
-BOOKKEEPING = ("AsyncCollective", "ConcatBitcast", "AllocateBuffer", "Sharding", "AssumeGather")
-# Instructions that move nothing.
-FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
+# Names of custom calls in TPU programs that only mark something and take no time.
+MARKERS = ("AsyncCollective", "ConcatBitcast", "AllocateBuffer", "Sharding", "AssumeGather", "SliceId")
+# Instructions that move no data.
+FREE_OPCODES = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
 
 
-# What a computation costs each time it runs; parts add up. Keys: "seconds" from its start to its end, "compute", "exposed"
-# (seconds in which only transfers happen), "kernels" (seconds of attention kernels), "flops" (of products, on one device);
-# ("traffic", kind, mesh axes, "count" | "asynchronous" | "bytes" | "seconds"); ("unmodelled", what): how often something ran
-# that has no estimate and was counted as nothing.
+# The cost of running a computation once; costs of parts add up. Keys:
+#   "seconds"   from its start to its end
+#   "compute"   seconds of compute
+#   "exposed"   seconds in which only transfers happen
+#   "kernels"   seconds of attention kernels
+#   "flops"     FLOPs of matrix products on one device
+#   "network"   bytes that one device receives from other slices
+#   ("traffic", kind, mesh axes, quantity)   quantity: "count", "asynchronous", "bytes" or "seconds"
+#   ("unmodelled", name)   how often an operation ran that has no estimate and was counted as nothing
 Cost = Counter[Any]
 
 
-def times(cost: Cost, count: float) -> Cost:
-    """The cost of running it `count` times."""
+def scale_cost(cost: Cost, count: float) -> Cost:
+    """Returns the cost of running something `count` times."""
     return Counter({key: value * count for key, value in cost.items()})
 
 
-class Model:
-    """Costs of the computations of one program on one target."""
+class CostModel:
+    """Estimates the cost of each computation of one program on one machine.
+
+    Args:
+      program: the compiled program.
+      target: the machine.
+      mesh: the mesh that the program was compiled for.
+      schedules: the folder with the TPU compiler's schedules of Pallas kernels, or None.
+    """
 
     def __init__(self, program: Program, target: Target, mesh: Any, schedules: pathlib.Path | None):
         self._program, self._target, self._mesh = program, target, mesh
         self._schedules = schedules
-        self._done: dict[str, Cost] = {}
+        self._known: dict[str, Cost] = {}
 
-    def computation(self, name: str) -> Cost:
-        """One computation, what it calls included."""
-        if name not in self._done:
-            self._done[name] = self._sum(self._program.computations.get(name, []))
-        return self._done[name]
+    def of_computation(self, name: str) -> Cost:
+        """Returns the cost of one computation, including the computations that it calls."""
+        if name not in self._known:
+            self._known[name] = self._sum(self._program.computations.get(name, []))
+        return self._known[name]
 
     def _sum(self, instructions: list[Instruction]) -> Cost:
+        """Adds up the instructions of one computation; its asynchronous transfers hide behind its compute."""
         total: Cost = Counter()
-        here = hidden = added = 0.0
+        compute = asynchronous = synchronous = 0.0  # seconds of this computation's own compute and transfers
         seen: set[str] = set()
         for instruction in instructions:
-            if (nested := self._nested(instruction)) is not None:
+            if (nested := self._cost_of_calls(instruction)) is not None:
                 total.update(nested)
                 continue
             cost = self._compute(instruction)
-            here += cost.pop("seconds", 0.0)
+            compute += cost.pop("seconds", 0.0)
             total.update(cost)
             for collective, key in self._collectives(instruction):
                 if key in seen:
                     continue
                 seen.add(key)
-                taken = transfer_seconds(collective, self._target, self._mesh)
-                hidden, added = (hidden + taken, added) if collective.asynchronous else (hidden, added + taken)
-                name = ("traffic", collective.kind, axes_of(collective.group, self._mesh))
+                seconds = transfer_seconds(collective, self._target, self._mesh)
+                if collective.asynchronous:
+                    asynchronous += seconds
+                else:
+                    synchronous += seconds
+                axes = "slices" if collective.between_slices else axes_of(collective.group, self._mesh)
+                name = ("traffic", collective.kind, axes)
+                if collective.between_slices:
+                    total.update({"network": received_bytes(collective)})
                 total.update({(*name, "count"): 1, (*name, "asynchronous"): int(collective.asynchronous)})
-                total.update({(*name, "bytes"): collective.bytes, (*name, "seconds"): taken})
-        exposed = added + max(hidden - here, 0.0)
-        total.update({"seconds": here + exposed, "compute": here, "exposed": exposed})
+                total.update({(*name, "bytes"): collective.bytes, (*name, "seconds"): seconds})
+        exposed = synchronous + max(asynchronous - compute, 0.0)
+        total.update({"seconds": compute + exposed, "compute": compute, "exposed": exposed})
         return total
 
-    def _nested(self, instruction: Instruction) -> Cost | None:
-        """The cost of a loop, a call or a branch; None for anything else."""
+    def _cost_of_calls(self, instruction: Instruction) -> Cost | None:
+        """Returns the cost of a loop, a call or a branch (the slowest one); None for any other instruction."""
         if instruction.opcode == "while":
-            body = self.computation(instruction.attribute("body") or "")
-            return times(body, program_lib.trip_count(self._program, instruction))
+            body = self.of_computation(instruction.attribute("body") or "")
+            return scale_cost(body, program_lib.trip_count(self._program, instruction))
         if instruction.opcode == "call":
-            return self.computation(instruction.attribute("to_apply") or "")
+            return self.of_computation(instruction.attribute("to_apply") or "")
         if instruction.opcode == "conditional":
             branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.line)
             names = re.findall(r"%([\w.\-]+)", branches[1]) if branches else []
             names += [n for n in map(instruction.attribute, ("true_computation", "false_computation")) if n]
-            return max((self.computation(name) for name in names), key=lambda cost: cost["seconds"], default=Counter())
+            return max((self.of_computation(name) for name in names), key=lambda cost: cost["seconds"], default=Counter())
         return None
 
     def _compute(self, instruction: Instruction) -> Cost:
-        """Seconds, FLOPs and what has no estimate, of one instruction that calls no computation of its own."""
+        """Returns seconds and FLOPs of one instruction that is no loop, call or branch, or counts it as unmodelled."""
         chip, line = self._target.chip, instruction.line
         flops = program_lib.product_flops(self._program, instruction)
-        if not self._target.kind.startswith("tpu"):
+        if not self._target.is_tpu:
             return self._roofline(instruction, flops)
         if 'custom_call_target="tpu_custom_call"' in line:
             return self._kernel(instruction)
@@ -108,12 +125,12 @@ class Model:
         cost: Cost = Counter({"flops": flops})
         if instruction.opcode == "custom-call":
             name = re.search(r'custom_call_target="([^"]*)"', line)
-            if name and not name[1].startswith(BOOKKEEPING):
+            if name and not name[1].startswith(MARKERS):
                 cost["unmodelled", name[1]] = 1
         return cost
 
     def _kernel(self, instruction: Instruction) -> Cost:
-        """A Pallas kernel: its grid's steps, each the compiler's static schedule, or its traffic with HBM if that is longer."""
+        """Returns the cost of a Pallas kernel: its schedule times its grid steps, or its HBM traffic if that is longer."""
         chip = self._target.chip
         steps = re.search(r"grid_steps\W+(\d+)", instruction.line)
         products = re.search(r"kernel_flops\W+(\d+)", instruction.line)
@@ -126,85 +143,113 @@ class Model:
         return Counter({"seconds": seconds, "kernels": seconds, "flops": float(products[1]) if products else 0.0})
 
     def _roofline(self, instruction: Instruction, flops: float) -> Cost:
+        """Returns the cost of one GPU or CPU instruction with these FLOPs of matrix products (attention counts its own)."""
         chip, opcode = self._target.chip, instruction.opcode
-        if opcode in FREE or opcode.removesuffix("-start").removesuffix("-done") in program_lib.COLLECTIVES:
+        if opcode in FREE_OPCODES or opcode.removesuffix("-start").removesuffix("-done") in program_lib.COLLECTIVES:
             return Counter()
         attention = "__cudnn$fmha" in instruction.line
         flops = fmha_flops(self._program, instruction) if attention else flops
         moved = program_lib.nbytes(instruction.shape)
         if opcode == "fusion" and "dynamic-update-slice" in instruction.name.replace("_", "-"):
-            moved = 0.0  # it writes into its operand; what it writes is counted where it is made
+            moved = 0.0  # it writes in place; the data it writes were counted where they were computed
         else:
             moved += sum(program_lib.nbytes(self._program.shapes.get(name, "")) for name in instruction.operands)
         seconds = max(flops / chip.flops, moved / chip.bandwidth)
         return Counter({"seconds": seconds, "flops": flops, "kernels": seconds if attention else 0.0})
 
     def _bundles(self, name: str) -> int:
-        """Scheduled instruction bundles of one grid step of a kernel, from the compiler's dump; 0: there is none."""
+        """Returns the number of instruction bundles in one grid step of a Pallas kernel; 0 if it is unknown.
+
+        The number stands in the schedules that the TPU compiler wrote.
+
+        Args:
+          name: the name of the kernel's instruction, "attention.3".
+        """
         if self._schedules is None:
             return 0
-        # The compiler dumps equal kernels once, under the name of one of them.
+        # The compiler writes equal kernels once, under the name of one of them: look for "attention.3", then for "attention.*".
         patterns = (f"*-{name}-*", f"*-{name.partition('.')[0]}.*")
         paths = [path for pattern in patterns for path in self._schedules.glob(f"{pattern}schedule-analysis_final_bundles.txt")]
         for path in paths:
-            if found := re.search(r"total scheduled bundles:\s+(\d+)", path.read_text()):
-                return int(found[1])
+            if bundles := re.search(r"total scheduled bundles:\s+(\d+)", path.read_text()):
+                return int(bundles[1])
         return 0
 
     def _collectives(self, instruction: Instruction) -> list[tuple[Collective, str]]:
-        """The transfers that an instruction makes or starts, each with a key that its continuations share."""
-        devices, found = self._mesh.size, []
-        if own := program_lib.collective_of(self._program, instruction, False, devices):
-            return [(own, instruction.name)]
+        """Returns the transfers that an instruction makes or starts, each with a key; parts of one transfer share a key."""
+        slices = self._target.slices
+        devices = self._mesh.size // slices
+        if collective := program_lib.parse_collective(instruction, False, devices, slices):
+            return [(collective, instruction.name)]
         called = instruction.attribute("calls") or ""
-        names = " ".join([called, *(i.line for i in program_lib.inside(self._program, instruction) if "AsyncColl" in i.line)])
-        fused = "async" in names.lower()
-        for inner in program_lib.inside(self._program, instruction):
-            if one := program_lib.collective_of(self._program, inner, fused, devices):
+        nested = list(program_lib.nested_instructions(self._program, instruction))
+        asynchronous = "async" in " ".join([called, *(inner.line for inner in nested if "AsyncColl" in inner.line)]).lower()
+        collectives = []
+        for inner in nested:
+            if collective := program_lib.parse_collective(inner, asynchronous, devices):
                 if called.startswith("all-reduce-scatter"):
-                    one = one._replace(kind="reduce-scatter")
+                    collective = collective._replace(kind="reduce-scatter")
                 chain = re.search(r'chain_id="(\d+)"', inner.line)
-                found.append((one, f"chain {chain[1]}" if chain else inner.name))
-        return found
+                collectives.append((collective, f"chain {chain[1]}" if chain else inner.name))
+        return collectives
 
 
 def fmha_flops(program: Program, instruction: Instruction) -> float:
-    """FLOPs of cuDNN's attention from its query [n l h k]: two products forward, five backward."""
+    """Returns the FLOPs of a cuDNN attention call from its query [n l h k] or [n h l k]: 2 products forward, 5 backward.
+
+    A causal mask lets it skip half of each product.
+    """
     query = program_lib.operand_sizes(program, instruction, 0)
     products = 5 if "Backward" in instruction.line else 2
     if len(query) != 4:
         return 0.0
     n, h, length, k = query if query[1] < query[2] else (query[0], query[2], query[1], query[3])
-    return products * 2.0 * n * h * length * length * k
+    share = 0.5 if re.search(r'"mask_type": ?"(PADDING_)?CAUSAL"', instruction.line) else 1.0
+    return share * products * 2.0 * n * h * length * length * k
 
 
 def axes_of(group: tuple[int, ...], mesh: Any) -> str:
-    """The mesh axes over which a group of devices extends, "data+fsdp"; a ring over all counts as all."""
+    """Returns the mesh axes along which the devices of a group differ, joined: "data+fsdp"; "none" for a single device."""
     sizes = tuple(mesh.shape.values())
-    places = np.array([np.unravel_index(device, sizes) for device in group])
-    return "+".join(name for name, column in zip(mesh.shape, places.T, strict=True) if len(set(column)) > 1) or "none"
+    coordinates = np.array([np.unravel_index(device, sizes) for device in group])
+    return "+".join(name for name, column in zip(mesh.shape, coordinates.T, strict=True) if len(set(column)) > 1) or "none"
+
+
+def received_bytes(collective: Collective) -> float:
+    """Returns the bytes that one device receives in a transfer."""
+    n = len(collective.group)
+    fraction = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(collective.kind, (n - 1) / n)
+    return collective.bytes * fraction
 
 
 def transfer_seconds(collective: Collective, target: Target, mesh: Any) -> float:
-    """Seconds of one transfer by the bandwidth of the links that its group spans."""
-    n = len(collective.group)
-    if n < 2:
+    """Returns the seconds of one transfer at the bandwidth of the links between the devices of its group."""
+    if len(collective.group) < 2:
         return 0.0
-    share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(collective.kind, (n - 1) / n)
-    return collective.bytes * share / bandwidth(collective, target, mesh)
+    return received_bytes(collective) / bandwidth(collective, target, mesh)
 
 
 def bandwidth(collective: Collective, target: Target, mesh: Any) -> float:
-    """Bytes/s into each device of a group, all links that it spans taken together."""
+    """Returns the bytes/s into each device of a group, over all links that the group uses together."""
     chip, flat = target.chip, list(mesh.devices.flat)
-    if target.kind.startswith("tpu"):
+    if collective.between_slices:
+        return chip.network
+    if target.is_tpu:
         coords = np.array([flat[device].coords for device in collective.group])
         extents = [len(set(column)) for column in coords.T]
+        if max(extents) == 1 and chip.inside:
+            return chip.inside
+        # The devices of a chip share its links, unless they belong to one group, whose data then come to the chip once.
+        link = (
+            chip.link
+            if len({getattr(flat[device], "core_on_chip", 0) for device in collective.group}) > 1
+            else chip.link / chip.per_chip
+        )
         if collective.kind == "collective-permute":
-            return chip.link
-        # A closed ring is served from both sides.
+            return link
+        # Data travel around a closed ring in both directions.
         links = sum(2 if extent % chip.torus == 0 else 1 for extent in extents if extent > 1)
-        return chip.link * max(links, 1)
+        return link * max(links, 1)
     if target.kind.startswith("gpu"):
         nodes = Counter(device // target.shape[1] for device in collective.group)
         return chip.link if len(nodes) == 1 else chip.network * min(nodes.values())
@@ -212,16 +257,19 @@ def bandwidth(collective: Collective, target: Target, mesh: Any) -> float:
 
 
 def model_flops(config: Any, params: Any, views: int) -> tuple[float, str]:
-    """FLOPs that the step needs, recomputation not counted, and the formula (PaLM's, Chowdhery et al. 2022, appendix B).
+    """Returns the FLOPs that a step needs without recomputation, and the formula as text (PaLM: Chowdhery et al. 2022, app. B).
+
+    Attention is counted over the length of a training row, data.length; model.max_length, which may be longer, costs parameters
+    but no FLOPs.
 
     Args:
       config: the recipe.
-      params: shapes of `params["encoder"]`.
-      views: texts of a pair.
+      params: the shapes of `params["encoder"]`.
+      views: the number of views of a pair.
     """
     model, data = config.model, config.data
     blocks = params["transformer"].get("blocks", {})
-    weights = sum(math.prod(leaf.shape) for leaf in tree_leaves(blocks, lambda path: path[-1] == "kernel"))
+    weights = sum(math.prod(leaf.shape) for leaf in leaves_named(blocks, "kernel"))
     tokens = data.batch_size // data.pack_pairs * data.pack_rows * views * data.length
     attention = 12 * model.num_layers * model.num_heads * model.head_dim * data.length
     width = model.embedding_dim or model.d_model
@@ -233,8 +281,12 @@ def model_flops(config: Any, params: Any, views: int) -> tuple[float, str]:
     )
 
 
-def tree_leaves(tree: Any, chosen: Callable[[tuple[str, ...]], bool], path: tuple[str, ...] = ()) -> list[Any]:
-    """The leaves of nested dicts whose path is chosen."""
-    if not isinstance(tree, dict):
-        return [tree] if chosen(path) else []
-    return [leaf for key, value in tree.items() for leaf in tree_leaves(value, chosen, (*path, key))]
+def leaves_named(tree: dict[str, Any], name: str) -> list[Any]:
+    """Returns the leaves of nested dicts whose last key is `name`."""
+    leaves = []
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            leaves += leaves_named(value, name)
+        elif key == name:
+            leaves.append(value)
+    return leaves

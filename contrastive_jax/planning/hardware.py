@@ -1,27 +1,40 @@
-"""Chips, and targets made of them: "tpu:v5e:16x16", "gpu:h100:4x8" (nodes × GPUs of a node), "cpu:8"."""
+"""The machines that a step can be planned for, by name.
+
+tpu:v5e:16x16           a TPU slice, by the shape of its torus
+tpu:v5p:8x8x16x4slices  four such slices, joined by the network of their hosts
+tpu7x:4x4x8             an Ironwood slice; JAX sees two devices per chip
+gpu:h100:4x8            nodes × GPUs per node
+cpu:8                   CPU devices
+"""
 
 import math
+import re
 from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
 
+from contrastive_jax.config import UserError
+
 GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """What an estimate needs to know of one device.
+    """The figures of one device that an estimate needs.
 
     Attributes:
-      flops: peak of dense bfloat16 products, FLOP/s.
-      hbm: memory that a program can use, bytes.
-      bandwidth: of that memory, bytes/s.
-      axes: numbers in a target's shape: of a slice; nodes and GPUs; devices.
-      link: TPU: one link of the torus, one direction; GPU: NVLink of one GPU, one direction; bytes/s.
-      clock: TPU: cycles/s, by which the compiler's cycles become seconds.
-      cores: TPU: cores that share a kernel's grid.
-      torus: TPU: size at which an axis of the torus closes into a ring.
-      network: GPU: to other nodes, one direction, of one GPU; bytes/s.
+      flops: peak rate of dense bfloat16 matrix products, FLOP/s.
+      hbm: the memory that a program can use, bytes.
+      bandwidth: the bandwidth of that memory, bytes/s.
+      axes: how many numbers the shape of a target has: 2 or 3 for a TPU slice, 2 for GPUs (nodes × GPUs per node), 1 for CPUs.
+      link: the bandwidth in one direction of one link of a TPU chip in its torus, or of one GPU's NVLink, bytes/s.
+      clock: TPU: the clock, cycles/s; it turns the compiler's cycles into seconds.
+      cores: TPU: the number of cores that share a kernel's grid.
+      torus: TPU: the size at which an axis of the torus closes into a ring.
+      network: the bandwidth of one device in one direction to other GPU nodes or other TPU slices, bytes/s.
+      per_host: TPU: the number of devices that share a host's network.
+      per_chip: TPU: the number of devices of a chip.
+      inside: TPU with several devices per chip: the bandwidth between them in one direction, bytes/s.
     """
 
     flops: float
@@ -33,23 +46,47 @@ class Chip(NamedTuple):
     cores: int = 1
     torus: int = 0
     network: float = 0.0
+    per_host: int = 1
+    per_chip: int = 1
+    inside: float = 0.0
 
 
-# Google's system architecture pages and NVIDIA's data sheets. The usable memory of a TPU is the compiler's own number.
+# Sources: Google's pages on each TPU version (docs.cloud.google.com/tpu/docs/v5e and so on; they give no network for v4, which
+# has v5p's here) and NVIDIA's data sheets of the HGX boards, without sparsity; for the usable memory of a TPU, its compiler.
+# Google lists 100 GB/s per link and direction for v5p, v6e and Ironwood; 90 is what programs reach (jax-ml.github.io/
+# scaling-book). Ironwood's clock is such that its compiler's cycles for a large product give 88 % of the peak, as on v5e.
 CHIPS = {
-    "tpu:v4": Chip(275e12, 30.75 * GIB, 1228e9, 3, 45e9, clock=1.05e9, cores=2, torus=4),
-    "tpu:v5e": Chip(197e12, 15.75 * GIB, 819e9, 2, 45e9, clock=1.5e9, torus=16),
-    "tpu:v5p": Chip(459e12, 95.74 * GIB, 2765e9, 3, 90e9, clock=1.75e9, cores=2, torus=4),
-    "tpu:v6e": Chip(918e12, 31.25 * GIB, 1640e9, 2, 90e9, clock=1.75e9, torus=16),
-    # JAX takes 92 % of a GPU's memory here (launch/gpu.sh).
+    "tpu:v4": Chip(275e12, 30.75 * GIB, 1228e9, 3, 45e9, clock=1.05e9, cores=2, torus=4, network=6.25e9, per_host=4),
+    "tpu:v5e": Chip(197e12, 15.75 * GIB, 819e9, 2, 45e9, clock=1.5e9, torus=16, network=3.125e9, per_host=8),
+    "tpu:v5p": Chip(459e12, 95.74 * GIB, 2765e9, 3, 90e9, clock=1.75e9, cores=2, torus=4, network=6.25e9, per_host=4),
+    "tpu:v6e": Chip(918e12, 31.25 * GIB, 1640e9, 2, 90e9, clock=1.75e9, torus=16, network=12.5e9, per_host=8),
+    "tpu7x": Chip(
+        flops=1153.5e12,
+        hbm=94.75 * GIB,
+        bandwidth=3690e9,
+        axes=3,
+        link=90e9,
+        clock=2.4e9,
+        torus=4,
+        network=6.25e9,
+        per_host=8,
+        per_chip=2,
+        inside=540e9,
+    ),
+    # launch/gpu.sh lets JAX take 92 % of a GPU's memory.
     "gpu:h100": Chip(989e12, 0.92 * 79.6 * GIB, 3350e9, 2, 450e9, network=50e9),
+    "gpu:h200": Chip(989e12, 0.92 * 141.0 * GIB, 4800e9, 2, 450e9, network=50e9),
+    "gpu:b200": Chip(2250e12, 0.92 * 178.4 * GIB, 7700e9, 2, 900e9, network=50e9),
     "gpu:a100-80": Chip(312e12, 0.92 * 79.6 * GIB, 2039e9, 2, 300e9, network=25e9),
     "cpu": Chip(2e11, 64 * GIB, 2e10, 1, 1e10, network=1e10),
 }
 
-# GpuTargetConfigProto: what XLA's compiler asks of a device that is not there.
+# The values that vary between GPUs in GPU_TARGET, the text of a GpuTargetConfigProto: XLA's compiler needs it for a GPU that is
+# not present. They are those of XLA's own descriptions (xla/backends/gpu/target_config/specs).
 GPU_TARGETS = {
     "gpu:h100": (9, 0, "NVIDIA H100 80GB HBM3", 132, 1.98, 3352320000000, 52428800, 232448, 233472, 85520809984, 128),
+    "gpu:h200": (9, 0, "NVIDIA H200 141GB HBM3e", 132, 1.98, 4800000000000, 52428800, 232448, 233472, 151397597184, 128),
+    "gpu:b200": (10, 0, "NVIDIA B200", 148, 1.965, 7672320000000, 132644864, 232448, 233472, 191514411008, 128),
     "gpu:a100-80": (8, 0, "NVIDIA A100-SXM4-80GB", 108, 1.41, 2039000000000, 41943040, 166912, 167936, 85520809984, 64),
 }
 GPU_TARGET = """
@@ -67,7 +104,8 @@ device_description_str: "{2}"
 """
 
 EXAMPLES = (
-    "tpu:v5e:4x4, tpu:v5e:16x16, tpu:v4:4x4x8, tpu:v5p:8x8x8, tpu:v6e:16x16, gpu:h100:1x8, gpu:h100:4x8, gpu:a100-80:1x8, cpu:8"
+    "tpu:v5e:4x4, tpu:v5e:16x16, tpu:v4:4x4x8, tpu:v5p:8x8x8, tpu:v5p:8x8x16x4slices, tpu:v6e:16x16, tpu7x:4x4x8, "
+    "gpu:h100:1x8, gpu:h100:4x8, gpu:h200:1x8, gpu:b200:1x8, gpu:a100-80:1x8, cpu:8"
 )
 
 
@@ -75,44 +113,53 @@ class Target(NamedTuple):
     """A machine to plan for.
 
     Attributes:
-      name: as it was asked for.
-      kind: a key of CHIPS.
-      shape: the slice, or (nodes, GPUs of a node), or (devices,).
+      name: its name, as given to `parse_target`.
+      kind: the kind of chip, a key of CHIPS.
+      shape: the shape of a TPU slice, or (nodes, GPUs per node), or (CPU devices,).
+      slices: the number of TPU slices.
     """
 
     name: str
     kind: str
     shape: tuple[int, ...]
+    slices: int = 1
 
     @property
     def chip(self) -> Chip:
-        """The numbers of one device."""
+        """The figures of one device."""
         return CHIPS[self.kind]
 
     @property
+    def is_tpu(self) -> bool:
+        """Whether the machine is made of TPUs."""
+        return self.kind.startswith("tpu")
+
+    @property
     def size(self) -> int:
-        """The number of devices."""
-        return math.prod(self.shape)
+        """The number of devices, over all slices."""
+        return math.prod(self.shape) * self.chip.per_chip * self.slices
 
 
-def parse(name: str) -> Target:
-    """Reads a target's name.
+def parse_target(name: str) -> Target:
+    """Returns the machine of a name such as "tpu:v5e:16x16" or, of several slices, "tpu:v5e:16x16x2slices".
 
     Raises:
-      ValueError: there is no such target; the message lists what there is.
+      UserError: there is no such machine; the message lists the chips and gives examples.
     """
-    kind, _, shape = name.rpartition(":")
-    sizes = shape.split("x")
-    if kind not in CHIPS or len(sizes) != CHIPS[kind].axes or not all(size.isdigit() and int(size) for size in sizes):
-        raise ValueError(f"--target={name}: there are {', '.join(CHIPS)}, each with its shape, such as {EXAMPLES}")
-    return Target(name, kind, tuple(int(size) for size in sizes))
+    parts = re.fullmatch(r"(.+):(\d+(?:x\d+)*?)(?:x(\d+)slices)?", name)
+    kind, sizes = (parts[1], [int(size) for size in parts[2].split("x")]) if parts else ("", [])
+    slices = int(parts[3] or 1) if parts else 1
+    known = kind in CHIPS and len(sizes) == CHIPS[kind].axes and (slices == 1 or kind.startswith("tpu"))
+    if not known or not all(sizes) or not slices:
+        raise UserError(f"--target={name}: no such machine; give a chip ({', '.join(CHIPS)}) and its shape, such as {EXAMPLES}")
+    return Target(name, kind, tuple(sizes), slices)
 
 
-def devices(target: Target) -> list[Any]:
-    """The devices of a target, described to the compiler (a TPU or GPU need not be there).
+def describe_devices(target: Target) -> list[Any]:
+    """Returns device descriptions to compile for; no TPU or GPU has to be present.
 
     Raises:
-      ValueError: the compiler is not installed, or knows no such slice.
+      UserError: the compiler is not installed, or it knows no slice of this shape.
     """
     if target.kind == "cpu":
         return jax.devices("cpu")[: target.size]
@@ -124,10 +171,13 @@ def devices(target: Target) -> list[Any]:
                 platform="cuda", topology_name=f"1x{shape}", topology=f"1x{shape}", target_config=description
             )
         else:
-            topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{target.kind.partition(':')[2]}:{shape}")
-    except Exception as error:  # XLA's own types differ between versions
-        raise ValueError(
-            f"--target={target.name}: its compiler does not answer ({str(error).splitlines()[0][:200]}); "
-            f"pip install 'contrastive_jax[plan]', and ask for a shape that exists, such as {EXAMPLES}"
+            several = {"num_slices": target.slices} if target.slices > 1 else {}
+            topology = topologies.get_topology_desc(
+                platform="tpu", topology_name=f"{target.kind.removeprefix('tpu:')}:{shape}", **several
+            )
+    except Exception as error:  # the type of XLA's error differs between versions
+        raise UserError(
+            f"--target={target.name}: its compiler failed ({str(error).splitlines()[0][:200]}); "
+            f"run pip install 'contrastive_jax[plan]', and give a shape that exists, such as {EXAMPLES}"
         ) from error
     return list(topology.devices)

@@ -1,4 +1,4 @@
-"""Reads a compiled program (XLA's HLO text): its computations, loops, collectives and what the compiler thinks they cost."""
+"""Parses a compiled program (XLA's HLO text): its computations, loops, matrix products and collectives."""
 
 import math
 import re
@@ -7,7 +7,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "token": 0}
+# Bytes per element of each element type; `nbytes` derives the size of a type that is not listed from the digits in its name.
+ELEMENT_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "token": 0}
+# Transfers between TPU slices are a send and a receive through the hosts; XLA's name for each kind.
+BETWEEN_SLICES = {
+    "ALL_GATHER": "all-gather",
+    "ALL_REDUCE": "all-reduce",
+    "REDUCE_SCATTER": "reduce-scatter",
+    "ALL_TO_ALL": "all-to-all",
+    "ONE_TO_ONE": "collective-permute",
+}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 
 
@@ -15,10 +24,10 @@ class Instruction(NamedTuple):
     """One line of a computation.
 
     Attributes:
-      name: its name.
+      name: the name of the instruction, unique in the program.
       opcode: "fusion", "while", "all-gather-start" ...
-      shape: the text of its result's shape.
-      operands: names of what it takes.
+      shape: the shape of the result, as text.
+      operands: the names of the instructions whose results it takes.
       line: the whole line.
     """
 
@@ -29,18 +38,18 @@ class Instruction(NamedTuple):
     line: str
 
     def attribute(self, name: str) -> str | None:
-        """The computation named by `calls=`, `body=`, `condition=` ..., or None."""
-        found = re.search(rf"\b{name}=%?([\w.\-]+)", self.line)
-        return found[1] if found else None
+        """Returns the name of the computation after `calls=`, `body=`, `condition=` ..., or None."""
+        match = re.search(rf"\b{name}=%?([\w.\-]+)", self.line)
+        return match[1] if match else None
 
 
 class Program(NamedTuple):
-    """A module.
+    """A compiled program: one HLO module.
 
     Attributes:
-      computations: name → instructions, in the order in which they run.
-      entry: name of the one that runs.
-      shapes: name of an instruction → the text of its shape; names are unique in a module.
+      computations: name of a computation → its instructions, in the order in which they run.
+      entry: the name of the computation with which the program starts.
+      shapes: name of an instruction → the shape of its result, as text.
     """
 
     computations: dict[str, list[Instruction]]
@@ -48,8 +57,8 @@ class Program(NamedTuple):
     shapes: dict[str, str]
 
 
-def parse(text: str) -> Program:
-    """Reads the text of a compiled module."""
+def parse_program(text: str) -> Program:
+    """Parses the HLO text of a compiled module."""
     computations: dict[str, list[Instruction]] = {}
     entry, current = "", None
     joined = re.sub(r"\n(?=[\"}])(?!}\n\n|}\n$|}$)", " ", text)  # attributes may hold line breaks
@@ -63,48 +72,60 @@ def parse(text: str) -> Program:
     return Program(computations, entry, {i.name: i.shape for lines in computations.values() for i in lines})
 
 
+def device_memory(analysis: Any) -> dict[str, float]:
+    """Returns the bytes that a compiled program needs on each device, by part, and their "peak".
+
+    Args:
+      analysis: `memory_analysis()` of the compiled program.
+    """
+    names = ("argument", "output", "alias", "temp", "generated_code")
+    parts = {name: getattr(analysis, f"{name}_size_in_bytes") for name in names}
+    total = sum(parts.values()) - 2 * parts["alias"]  # an aliased output lies in the memory of its argument
+    return parts | {"peak": max(total, getattr(analysis, "peak_memory_in_bytes", 0))}
+
+
 def parse_instruction(line: str) -> Instruction | None:
-    """One line, or None where it is none."""
+    """Parses one line; returns None if it is not an instruction."""
     start = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line)
     if not start:
         return None
     rest = line[start.end() :]
-    shape = rest[: closing(rest)] if rest.startswith("(") else rest.split(" ", 1)[0]
+    shape = rest[: end_of_parentheses(rest)] if rest.startswith("(") else rest.split(" ", 1)[0]
     after = re.match(r"\s*([\w\-]+)\(", rest[len(shape) :])
     if not after:
         return None
     arguments = rest[len(shape) + after.end() - 1 :]
-    arguments = arguments[: closing(arguments)]
+    arguments = arguments[: end_of_parentheses(arguments)]
     return Instruction(start[1], after[1], shape, tuple(re.findall(r"%([\w.\-]+)", arguments)), line)
 
 
-def closing(text: str) -> int:
-    """The place after the parenthesis that closes the first one."""
+def end_of_parentheses(text: str) -> int:
+    """Returns the index after the parenthesis that closes the one with which the text begins."""
     depth = 0
-    for place, character in enumerate(text):
+    for index, character in enumerate(text):
         depth += (character == "(") - (character == ")")
         if not depth:
-            return place + 1
+            return index + 1
     return len(text)
 
 
-def arrays(shape: str) -> list[tuple[str, tuple[int, ...]]]:
-    """(type, sizes) of every array in the text of a shape."""
-    found = re.findall(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]", shape)
-    return [(kind, tuple(int(size) for size in sizes.split(",") if size)) for kind, sizes in found]
+def parse_shape(shape: str) -> list[tuple[str, tuple[int, ...]]]:
+    """Returns (element type, sizes) of every array in a shape, which may be a tuple: "(f32[8,4], s32[])"."""
+    arrays = re.findall(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]", shape)
+    return [(kind, tuple(int(size) for size in sizes.split(",") if size)) for kind, sizes in arrays]
 
 
 def nbytes(shape: str) -> float:
-    """Bytes of all arrays in the text of a shape."""
+    """Returns the bytes of all arrays in a shape."""
 
-    def one(kind: str) -> float:
-        return BYTES[kind] if kind in BYTES else int(re.sub(r"\D.*", "", kind[1:]) or 8) / 8
+    def element_bytes(kind: str) -> float:
+        return ELEMENT_BYTES[kind] if kind in ELEMENT_BYTES else int(re.sub(r"\D.*", "", kind[1:]) or 8) / 8
 
-    return sum(one(kind) * math.prod(sizes) for kind, sizes in arrays(shape))
+    return sum(element_bytes(kind) * math.prod(sizes) for kind, sizes in parse_shape(shape))
 
 
 def trip_count(program: Program, loop: Instruction) -> int:
-    """How often a `while` runs its body: its annotation, or the constant that its condition compares with."""
+    """Returns how often a `while` runs its body: from its annotation, or the largest constant in its condition."""
     known = re.search(r'known_trip_count[^}]*?"n":"(\d+)"', loop.line)
     if known:
         return int(known[1])
@@ -119,10 +140,10 @@ def trip_count(program: Program, loop: Instruction) -> int:
 
 
 def product_flops(program: Program, instruction: Instruction) -> float:
-    """FLOPs of the matrix products of one instruction, those inside a fusion included."""
+    """Returns the FLOPs of the matrix products of one instruction, including those inside a fusion."""
     if called := instruction.attribute("calls"):
         return sum(product_flops(program, inner) for inner in program.computations.get(called, []))
-    outputs = arrays(instruction.shape)
+    outputs = parse_shape(instruction.shape)
     if instruction.opcode == "convolution":
         return convolution_flops(program, instruction)
     contracting = re.search(r'lhs_contracting_dim(?:ension)?s"?[=:]\s*[{\[]([\d,"]*)[}\]]', instruction.line)
@@ -135,21 +156,28 @@ def product_flops(program: Program, instruction: Instruction) -> float:
 
 
 def convolution_flops(program: Program, instruction: Instruction) -> float:
-    """FLOPs of a convolution, as which TPU programs write products; padding, by which they write batches, counts nothing."""
+    """Returns the FLOPs of a convolution; multiplications with padding do not count.
+
+    TPU programs write matrix products as convolutions, and batches of products as convolutions with padding.
+    """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.line)
-    sizes = [operand_sizes(program, instruction, 0), operand_sizes(program, instruction, 1), arrays(instruction.shape)[0][1]]
+    sizes = [
+        operand_sizes(program, instruction, 0),
+        operand_sizes(program, instruction, 1),
+        parse_shape(instruction.shape)[0][1],
+    ]
     if not labels or not all(sizes):
         return 0.0
     data, kernel, out = (dict(zip(text, size, strict=True)) for text, size in zip(labels.groups(), sizes, strict=True))
-    # A place of the kernel meets at most every output, and at most every input.
-    met = math.prod(kernel[axis] * min(out[axis], data[axis]) for axis in kernel if axis.isdigit())
-    return 2.0 * out["b"] * out["f"] * kernel["i"] * met
+    # Along a spatial axis each kernel element is multiplied at most once per output, and at most once per input.
+    products = math.prod(kernel[axis] * min(out[axis], data[axis]) for axis in kernel if axis.isdigit())
+    return 2.0 * out["b"] * out["f"] * kernel["i"] * products
 
 
-def operand_sizes(program: Program, instruction: Instruction, place: int) -> tuple[int, ...]:
-    """The sizes of one operand, looked up where it is made."""
-    shape = program.shapes.get(instruction.operands[place]) if len(instruction.operands) > place else None
-    return arrays(shape)[0][1] if shape and arrays(shape) else ()
+def operand_sizes(program: Program, instruction: Instruction, index: int) -> tuple[int, ...]:
+    """Returns the sizes of the operand with this index, or () if they are unknown."""
+    shape = program.shapes.get(instruction.operands[index]) if len(instruction.operands) > index else None
+    return parse_shape(shape)[0][1] if shape and parse_shape(shape) else ()
 
 
 class Collective(NamedTuple):
@@ -157,59 +185,89 @@ class Collective(NamedTuple):
 
     Attributes:
       kind: one of COLLECTIVES.
-      bytes: what one device holds of its larger side (the gathered array, the array before it is scattered).
-      group: numbers of the devices of the first group (a permutation: the first pair), in the order of the mesh.
-      asynchronous: whether compute goes on meanwhile.
+      bytes: the size on one device of the larger of input and output (the gathered array, the array before it is scattered).
+      group: the devices of the first group, by their number in the mesh; of a permutation, the first pair; of a transfer
+        between slices, the numbers of the slices.
+      asynchronous: whether compute continues during the transfer.
+      between_slices: whether the transfer goes from slice to slice, over the network of the hosts.
     """
 
     kind: str
     bytes: float
     group: tuple[int, ...]
     asynchronous: bool
+    between_slices: bool = False
 
 
-def collective_of(program: Program, instruction: Instruction, fused: bool, devices: int) -> Collective | None:
-    """What an instruction transfers, or None."""
+def parse_collective(instruction: Instruction, fused: bool, device_count: int, slices: int = 1) -> Collective | None:
+    """Returns the transfer of an instruction, or None if it is no collective.
+
+    Args:
+      instruction: the instruction.
+      fused: whether it is inside an asynchronous fusion.
+      device_count: the number of devices of a slice: a program of several slices numbers those of each slice from 0.
+      slices: the number of slices that the program runs on.
+    """
+    if instruction.opcode == "recv" and (name := re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.line)):
+        kind = BETWEEN_SLICES.get(name[1], name[1].lower())
+        size = nbytes(instruction.shape) * (slices if kind == "reduce-scatter" else 1)
+        return Collective(kind, size, tuple(range(slices)), asynchronous=True, between_slices=True)
     kind = instruction.opcode.removesuffix("-start")
     if kind not in COLLECTIVES:
         return None
     started = instruction.opcode.endswith("-start")
-    moved = nbytes(instruction.shape)
-    if started and instruction.shape.startswith("("):  # (operand, result, ...)
-        moved = max((nbytes(f"{kind_}[{','.join(map(str, sizes))}]") for kind_, sizes in arrays(instruction.shape)), default=0)
+    group = device_group(instruction.line, device_count)
+    size = nbytes(instruction.shape)
+    if started and instruction.shape.startswith("(("):  # ((operands), (results), ...), of several transfers in one
+        end = end_of_parentheses(instruction.shape[1:]) + 1
+        size = max(nbytes(instruction.shape[1:end]), nbytes(instruction.shape[end:]))
+    elif started and instruction.shape.startswith("("):  # (operand, result, ...)
+        arrays = parse_shape(instruction.shape)
+        size = max((nbytes(f"{element}[{','.join(map(str, sizes))}]") for element, sizes in arrays), default=0)
     if kind == "reduce-scatter":
-        moved *= len(group_of(instruction.line, devices))
-    return Collective(kind, moved, group_of(instruction.line, devices), started or fused)
+        size *= len(group)
+    return Collective(kind, size, group, started or fused)
 
 
-def group_of(line: str, devices: int) -> tuple[int, ...]:
-    """The first group of devices of a collective; all of them where none is named."""
+def device_group(line: str, device_count: int) -> tuple[int, ...]:
+    """Returns the first replica group of a collective (for a permute, its first pair); all devices if the line names none.
+
+    One group suffices for an estimate: all groups of a collective have the same size and lie along the same mesh axes.
+
+    Args:
+      line: the line of the instruction.
+      device_count: the number of devices that the program runs on.
+    """
+    # source_target_pairs={{0,1},{1,2}}
     if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", line):
         return int(pairs[1]), int(pairs[2])
+    # replica_groups={{0,2},{1,3}}
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return tuple(int(device) for device in listed[1].split(","))
+    # replica_groups=[2,4]<=[4,2]T(1,0): 2 groups of 4; `iota_devices` explains the right side.
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        return tuple(ordered(iota[3], iota[4]).reshape(int(iota[1]), int(iota[2]))[0].tolist())
+        return tuple(iota_devices(iota[3], iota[4]).reshape(int(iota[1]), int(iota[2]))[0].tolist())
+    # replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}: a group lies along axis b. device_ids may be absent.
     if mesh := re.search(
         r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?[^{]*\{([^}]*)\}", line
     ):
         sizes = [int(size) for size in re.findall(r"=(\d+)", mesh[1])]
         names = re.findall(r"'([^']+)'=", mesh[1])
         used = set(re.findall(r"'([^']+)'", mesh[4]))
-        place: Any = tuple(slice(None) if name in used else 0 for name in names)
-        return tuple(ordered(mesh[2] or str(math.prod(sizes)), mesh[3]).reshape(sizes)[place].reshape(-1).tolist())
-    return tuple(range(devices))
+        index: Any = tuple(slice(None) if name in used else 0 for name in names)
+        return tuple(iota_devices(mesh[2] or str(math.prod(sizes)), mesh[3]).reshape(sizes)[index].reshape(-1).tolist())
+    return tuple(range(device_count))
 
 
-def ordered(sizes: str, permutation: str | None) -> np.ndarray:
-    """The devices of XLA's "[2,4]T(1,0)": counted, in an array of these sizes, its axes permuted, flat."""
+def iota_devices(sizes: str, permutation: str | None) -> np.ndarray:
+    """Returns the device numbers that XLA writes as "[2,4]T(1,0)": 0, 1, ... in an array [2 4], transposed, then flattened."""
     shape = [int(size) for size in sizes.split(",")]
     axes = [int(axis) for axis in permutation.split(",")] if permutation else list(range(len(shape)))
     return np.arange(math.prod(shape)).reshape(shape).transpose(axes).reshape(-1)
 
 
-def inside(program: Program, instruction: Instruction) -> Iterator[Instruction]:
-    """The instructions of a fusion or of an asynchronous wrapper, and of what these call."""
+def nested_instructions(program: Program, instruction: Instruction) -> Iterator[Instruction]:
+    """Yields the instructions of a fusion or of an asynchronous wrapper, at every depth."""
     for inner in program.computations.get(instruction.attribute("calls") or "", []):
         yield inner
-        yield from inside(program, inner)
+        yield from nested_instructions(program, inner)

@@ -1,1 +1,1 @@
-"""What `report` is made of: what was written, figures, the page."""
+"""The report: training runs and results of evaluations on one HTML page."""

@@ -1,4 +1,4 @@
-"""The HTML of a report: one file without scripts that asks no network for anything, for light and dark, wide and narrow."""
+"""The HTML of a report: one file without scripts or network requests, for light and dark themes, wide and narrow screens."""
 
 import html
 from collections.abc import Sequence
@@ -33,7 +33,8 @@ th, td { padding: .22rem 1.1rem .22rem 0; }
 td { vertical-align: top; } th:last-child, td:last-child { padding-right: 0; }
 .figure { text-align: right; white-space: nowrap; }
 tr.begin td { border-top: 1px solid var(--rule); }
-.texts { min-width: 46rem; overflow-wrap: anywhere; } .texts td:nth-child(2), .texts td:nth-child(5) { width: 36%; }
+.texts { min-width: 46rem; overflow-wrap: anywhere; } .texts td:nth-child(2), .texts td:nth-child(5) { width: 31%; }
+.texts th { white-space: nowrap; } .texts td:first-child, .texts td:last-child { overflow-wrap: break-word; }
 .results td:not(.figure) { white-space: nowrap; }
 figure { margin: 0; } figcaption { max-width: 42rem; margin-top: .4rem; }
 svg { display: block; width: 100%; max-width: 100%; height: auto; }
@@ -46,9 +47,24 @@ svg { display: block; width: 100%; max-width: 100%; height: auto; }
 """
 
 
-def document(title: str, links: Sequence[tuple[str, str]], sections: Sequence[str]) -> str:
-    """The whole page; links are (id, what it is called)."""
-    shown = "".join(f'<a href="#{name}">{html.escape(text)}</a>' for name, text in links)
+MAX_CHARACTERS = 160  # of a text in a table, and of the title
+
+
+def shorten(text: str, size: int = MAX_CHARACTERS) -> str:
+    """Returns a text on one line, truncated to `size` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= size else line[: size - 1].rstrip() + "…"
+
+
+def html_page(title: str, links: Sequence[tuple[str, str]], sections: Sequence[str]) -> str:
+    """Returns the whole page.
+
+    Args:
+      title: its title, as text.
+      links: (id of a section, its name) for the navigation at the top.
+      sections: the HTML of the sections.
+    """
+    anchors = "".join(f'<a href="#{name}">{html.escape(text)}</a>' for name, text in links)
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -60,7 +76,7 @@ def document(title: str, links: Sequence[tuple[str, str]], sections: Sequence[st
 </head>
 <body>
 <h1>{html.escape(title)}</h1>
-<nav>{shown}</nav>
+<nav>{anchors}</nav>
 {"".join(sections)}
 </body>
 </html>
@@ -68,27 +84,27 @@ def document(title: str, links: Sequence[tuple[str, str]], sections: Sequence[st
 
 
 def section(name: str, title: str, *parts: str, level: int = 2) -> str:
-    """A section with an id; its parts are HTML."""
+    """Returns a section with the id `name`; its parts are HTML."""
     return (
         f'<section id="{html.escape(name)}">\n<h{level}>{html.escape(title)}</h{level}>\n' + "\n".join(parts) + "\n</section>\n"
     )
 
 
 def paragraph(text: str, kind: str = "note") -> str:
-    """Text as a paragraph; between backquotes it is code."""
+    """Returns a text as a paragraph of a CSS class; what stands between backquotes becomes code."""
     pieces = html.escape(text).split("`")
-    shown = "".join(f"<code>{piece}</code>" if number % 2 else piece for number, piece in enumerate(pieces))
-    return f'<p class="{kind}">{shown}</p>'
+    body = "".join(f"<code>{piece}</code>" if number % 2 else piece for number, piece in enumerate(pieces))
+    return f'<p class="{kind}">{body}</p>'
 
 
 def figure(svg: str, caption: str, kind: str = "wide", above: bool = False) -> str:
-    """A figure with its caption below, or above."""
-    words = f"<figcaption>{html.escape(caption)}</figcaption>"
-    return f'<figure class="{kind}">{words if above else ""}{svg}{"" if above else words}</figure>'
+    """Returns an SVG as a figure of a CSS class, with its caption below it, or above it."""
+    text = f"<figcaption>{html.escape(caption)}</figcaption>"
+    return f'<figure class="{kind}">{text + svg if above else svg + text}</figure>'
 
 
 def legend(names: Sequence[str], glyphs: Sequence[tuple[str, int]]) -> str:
-    """What is whose: a glyph and the number of its colour for each name."""
+    """Returns a legend: each name behind its (glyph, number of the glyph's colour)."""
     items = [
         f'<li><span style="color: var(--series-{colour})">{glyph}</span>{html.escape(name)}</li>'
         for name, (glyph, colour) in zip(names, glyphs, strict=True)
@@ -97,17 +113,25 @@ def legend(names: Sequence[str], glyphs: Sequence[tuple[str, int]]) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str | float]], kind: str, caption: str = "") -> str:
-    """A table in a box of its own that scrolls; above a row whose first cell is not empty there is a rule."""
-    figures = [any(isinstance(row[place], float) for row in rows) for place in range(len(head))]
+    """Returns a table in a box that scrolls by itself.
 
-    def cell(tag: str, place: int, value: str | float) -> str:
-        shown = f"{value:.1f}" if isinstance(value, float) else html.escape(value)
-        return f'<{tag} class="figure">{shown}</{tag}>' if figures[place] else f"<{tag}>{shown}</{tag}>"
+    Args:
+      head: the names of the columns.
+      rows: the cells of each row; numbers are shown with one decimal. A rule separates a row whose first cell is not empty from
+        the row above it.
+      kind: the CSS class of the table.
+      caption: a text above the table.
+    """
+    is_numeric = [any(isinstance(row[column], float) for row in rows) for column in range(len(head))]
 
-    lines = ["<tr>" + "".join(cell("th", *pair) for pair in enumerate(head)) + "</tr>"]
+    def cell(tag: str, column: int, value: str | float) -> str:
+        text = f"{value:.1f}" if isinstance(value, float) else html.escape(value)
+        return f'<{tag} class="figure">{text}</{tag}>' if is_numeric[column] else f"<{tag}>{text}</{tag}>"
+
+    lines = ["<tr>" + "".join(cell("th", column, name) for column, name in enumerate(head)) + "</tr>"]
     for number, row in enumerate(rows):
         begins = ' class="begin"' if number and row[0] else ""
-        lines.append(f"<tr{begins}>" + "".join(cell("td", *pair) for pair in enumerate(row)) + "</tr>")
-    said = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+        lines.append(f"<tr{begins}>" + "".join(cell("td", column, value) for column, value in enumerate(row)) + "</tr>")
+    above = f"<caption>{html.escape(caption)}</caption>" if caption else ""
     body = "<thead>" + lines[0] + "</thead><tbody>" + "\n".join(lines[1:]) + "</tbody>"
-    return f'<div class="scroll" tabindex="0"><table class="{kind}">{said}{body}</table></div>'
+    return f'<div class="scroll" tabindex="0"><table class="{kind}">{above}{body}</table></div>'

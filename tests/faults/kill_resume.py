@@ -1,10 +1,10 @@
-"""Kills a run with SIGKILL at random moments, starts it again each time, and compares it with an unbroken one.
+"""Kills a run with SIGKILL at random moments, starts it again each time, and compares it with an unbroken run.
 
   python tests/faults/kill_resume.py --kills=50                   one process
-  python tests/faults/kill_resume.py --kills=10 --processes=2     two: one of them, or both
-  python tests/faults/kill_resume.py --kills=5 --prepare          the preparation of data instead
+  python tests/faults/kill_resume.py --kills=10 --processes=2     two processes; kills one of them, or both
+  python tests/faults/kill_resume.py --kills=5 --prepare          kills the preparation of a dataset instead
 
-The run is the MoCo recipe with dropout, asynchronous checkpoints every few steps, on data of its own, small enough for minutes.
+The run is the MoCo recipe with dropout and a checkpoint every few steps, on a small dataset made here; it takes minutes.
 Exit status 1 if parameters, losses or batches differ from those of the unbroken run.
 """
 
@@ -23,11 +23,17 @@ sys.path[:0] = [str(pathlib.Path(__file__).parent.parent), str(pathlib.Path(__fi
 import conftest
 import numpy as np
 
-OPTIONS = ["--config.model.dropout=0.2", "--config.log_every=10", "--silent_seconds=10", "--join_seconds=20"]
+OPTIONS = [
+    "--config.model.dropout=0.2",
+    "--config.log_every=10",
+    "--silent_seconds=10",
+    "--hang_seconds=40",
+    "--join_seconds=20",
+]
 
 
 def launch(arguments: argparse.Namespace, dataset: pathlib.Path, workdir: pathlib.Path) -> list[subprocess.Popen]:
-    """One run, of one process or two."""
+    """Starts the run, in one process or two."""
     more = [*OPTIONS, f"--config.steps={arguments.steps}", f"--config.checkpoint_every={arguments.every}"]
     if arguments.processes == 2:
         return conftest.peers(dataset, workdir, *more, name="moco", devices=1)
@@ -35,14 +41,14 @@ def launch(arguments: argparse.Namespace, dataset: pathlib.Path, workdir: pathli
 
 
 def reached(workdir: pathlib.Path) -> int:
-    """The newest step that the metrics tell of."""
+    """Returns the newest step in metrics.jsonl, or 0."""
     path = workdir / "metrics.jsonl"
     steps = re.findall(r'"step": (\d+)', path.read_text()) if path.exists() else []
     return int(steps[-1]) if steps else 0
 
 
 def kill_at_random(team: list[subprocess.Popen], workdir: pathlib.Path, chance: random.Random) -> bool:
-    """Lets a run go on for a while, kills it; returns whether it was still running."""
+    """Kills a run after a random time; returns whether it was still running."""
     before, began = reached(workdir), time.monotonic()
     if chance.random() < 0.8:  # else in the start: imports, restoring, compiling
         while reached(workdir) <= before and all(process.poll() is None for process in team):
@@ -69,7 +75,7 @@ def kill_at_random(team: list[subprocess.Popen], workdir: pathlib.Path, chance: 
 
 
 def final(output: str) -> str:
-    """The digest of the last parameters."""
+    """Returns the last parameters digest in the output of a run."""
     return re.findall(r"parameters digest: (\w+)", output)[-1]
 
 
@@ -79,7 +85,7 @@ def curve(workdir: pathlib.Path) -> list[tuple]:
 
 
 def train(arguments: argparse.Namespace, folder: pathlib.Path, chance: random.Random) -> bool:
-    """Whether the broken run equals the unbroken one."""
+    """Returns whether the broken run equals the unbroken one."""
     lengths = np.random.default_rng(1).integers(5, 97, 150).tolist()
     dataset = conftest.write_dataset(folder / "data", {"train": lengths, "validation": [50] * 60})
     whole = conftest.finish(*launch(arguments, dataset, folder / "whole"))[0]
@@ -92,7 +98,7 @@ def train(arguments: argparse.Namespace, folder: pathlib.Path, chance: random.Ra
         kills += 1
     broken = conftest.finish(*launch(arguments, dataset, folder / "broken"))[0]
     print(f"unbroken: {final(whole)}\nbroken:   {final(broken)} after {kills} kills")
-    # The lines of the steps before a checkpoint that were lost with the process are not written again.
+    # A kill can lose lines of steps before the newest checkpoint; the resumed run does not write them again.
     written = dict((step, rest) for step, *rest in curve(folder / "whole"))
     same = all(written[step] == rest for step, *rest in curve(folder / "broken"))
     print(f"losses and batch digests of {len(curve(folder / 'broken'))} lines: {'the same' if same else 'DIFFERENT'}")
@@ -100,7 +106,7 @@ def train(arguments: argparse.Namespace, folder: pathlib.Path, chance: random.Ra
 
 
 def prepare(arguments: argparse.Namespace, folder: pathlib.Path, chance: random.Random) -> bool:
-    """Whether data prepared after kills are those of one go."""
+    """Returns whether a dataset prepared after kills equals one that was prepared without."""
     words = ["".join(chance.choices("abcdefghij", k=chance.randint(1, 9))) for _ in range(2000)]
     texts = [" ".join(chance.choices(words, k=200)) for _ in range(300)]
     shard = folder / "text.jsonl"
@@ -108,7 +114,7 @@ def prepare(arguments: argparse.Namespace, folder: pathlib.Path, chance: random.
 
     def begin(output: pathlib.Path) -> subprocess.Popen:
         more = [f"--input={shard}", f"--output={output}", "--vocab_size=512", "--sample_mb=1"]
-        return conftest.start([sys.executable, "-m", "contrastive_jax.prepare", *more])
+        return conftest.start([sys.executable, "-m", "contrastive_jax", "prepare", *more])
 
     began = time.monotonic()
     conftest.finish(begin(folder / "whole"))

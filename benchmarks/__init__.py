@@ -1,0 +1,1 @@
+"""Measurements of the figures in README and docs: `python -m benchmarks.NAME --help` in a checkout."""

@@ -1,0 +1,1 @@
+"""Preparing on the machines of a cluster, through Apache Beam."""

@@ -1,0 +1,1 @@
+"""Cleaning: near-duplicates, evaluation texts, and filters."""

@@ -1,0 +1,1 @@
+"""Preparing a dataset: stages of tasks whose whole state is in files."""

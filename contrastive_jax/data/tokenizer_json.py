@@ -1,0 +1,69 @@
+"""The tokenizer.json of the Hugging Face ecosystem, with the attributes and methods of `tokenizer.Tokenizer`."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import tokenizers
+
+# The names that tokenizers of that ecosystem give to the pieces of each reserved name; the first that exists is taken.
+PIECES = {
+    "pad": ("[PAD]", "<pad>"),
+    "bos": ("[CLS]", "<s>", "<|startoftext|>", "<|endoftext|>"),
+    "eos": ("[SEP]", "</s>", "<|endoftext|>"),
+    "mask": ("[MASK]", "<mask>"),
+}
+# The reserved names of the opening and the closing delimiter of each view.
+DELIMITERS = (("x_open", "x_close"), ("y_open", "y_close"))
+
+
+class JsonTokenizer:
+    """A tokenizer.json and its reserved ids.
+
+    If the tokenizer itself puts two ids around a text, such as [CLS] and [SEP], these are the delimiters of both views.
+    Otherwise the delimiters, like all reserved names that the tokenizer lacks, get ids after its vocabulary.
+
+    Attributes:
+      file: the file name of such a tokenizer in a dataset or a workdir.
+      model: the bytes of tokenizer.json.
+      reserved: {name: id}, as in `tokenizer.Tokenizer`; `encode` never returns one of these ids.
+      wrapped: whether the tokenizer puts the delimiters around a text itself.
+      vocab_size: the number of ids, reserved ids included.
+      sha256: the SHA-256 of `model`, in hexadecimal.
+    """
+
+    file = "tokenizer.json"
+
+    def __init__(self, model: bytes):
+        self.model = model
+        self.sha256 = hashlib.sha256(model).hexdigest()
+        self._tokenizer = tokenizers.Tokenizer.from_str(model.decode())
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        delimiters = self._tokenizer.encode("").ids
+        self._tokenizer.encode_special_tokens = True  # the text "[CLS]" is encoded as text
+        known_ids: dict[str, int | None] = {}
+        for name, pieces in PIECES.items():
+            ids = [self._tokenizer.token_to_id(piece) for piece in pieces]
+            known_ids[name] = next((index for index in ids if index is not None), None)
+        self.wrapped = len(delimiters) == 2
+        for names in DELIMITERS:
+            known_ids |= dict(zip(names, delimiters if self.wrapped else (None, None), strict=True))
+        lacking = [name for name, known_id in known_ids.items() if known_id is None]
+        size = max(self._tokenizer.get_vocab().values()) + 1  # there may be fewer tokens than that
+        self.vocab_size = size + len(lacking)
+        self.reserved: dict[str, int] = {
+            name: size + lacking.index(name) if known_id is None else known_id for name, known_id in known_ids.items()
+        }
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the token ids of a text, without delimiters or any other reserved id."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns the token ids of each text, as `encode` does."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Returns the text of token ids, as far as the tokenizer preserves it. Reserved ids are dropped."""
+        reserved = set(self.reserved.values())
+        return self._tokenizer.decode([int(i) for i in ids if i not in reserved], skip_special_tokens=False)

@@ -1,0 +1,20 @@
+"""The table of tasks by name."""
+
+from contrastive_jax.evals import classify, codesearch, glue, mteb, query_key, retrieval, sts, wordsim
+from contrastive_jax.evals.task import Task
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        query_key.TASK,
+        sts.TASK,
+        wordsim.TASK,
+        retrieval.TASK,
+        codesearch.TASK,
+        classify.PROBE,
+        classify.KNN,
+        classify.ZERO_SHOT,
+        glue.TASK,
+        mteb.TASK,
+    )
+}

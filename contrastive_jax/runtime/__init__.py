@@ -1,0 +1,1 @@
+"""The machines: mesh and sharding rules, processes and their peers, checkpoints, digests, random keys."""

@@ -1,0 +1,165 @@
+"""The table of losses: every kind, wherever it is scored and however embeddings are made, against the plain dense loss.
+
+`tests/objectives/test_objective.py` checks it on CPU devices, `tests/accelerator` on what it finds.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable
+
+import dense
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from contrastive_jax.config import default_config
+from contrastive_jax.models import encoder
+from contrastive_jax.objectives import pairs
+from contrastive_jax.objectives.losses import LOSSES
+from contrastive_jax.objectives.pairs import PairIds
+from contrastive_jax.runtime import sharding
+from contrastive_jax.training import grad_cache
+from contrastive_jax.training.rows import Rows
+
+B, E, LENGTH, VOCAB = 24, 16, 6, 40
+TEMPERATURE = 0.005  # logits up to ±200
+
+
+def objective_config(**changes: object) -> ConfigDict:
+    config = default_config().objective
+    config.update(block=5, temperature=TEMPERATURE, temperature_min=TEMPERATURE)
+    config.update(changes)
+    return config
+
+
+def make(config: ConfigDict, views: int = 2, mesh: jax.sharding.Mesh | None = None, hard_negatives: int = 0) -> pairs.Objective:
+    return pairs.make_objective(config, views, E, mesh, sharding.BATCH_AXES if mesh else (), hard_negatives)
+
+
+def ids(views: int, seed: int = 0) -> PairIds:
+    """Documents that come twice, a whole pair that comes twice, and spans that pairs share."""
+    rng = np.random.default_rng(seed)
+    text = rng.permutation(1000)[: B * views].reshape(B, views).astype(np.int32)
+    text[5], text[7, 0], text[9, 1], text[11, 0], text[13, -1] = text[2], text[1, 0], text[3, 1], text[4, 1], text[6, 1]
+    return PairIds(rng.integers(0, 15, B).astype(np.int32), text)
+
+
+def embeddings(views: int, seed: int = 0) -> jax.Array:
+    z = np.random.default_rng(seed).normal(size=(B, views, E))
+    return jnp.asarray(z / np.linalg.norm(z, axis=-1, keepdims=True), jnp.float32)
+
+
+def mesh_of(devices: int) -> jax.sharding.Mesh:
+    config = default_config().mesh
+    config.fsdp = 2 if devices > 1 else 1  # the batch is spread over two axes
+    return sharding.make_mesh(config, jax.devices()[:devices])
+
+
+def distance(got: jax.Array, expected: jax.Array) -> float:
+    """Relative, in the Euclidean norm."""
+    return float(np.linalg.norm(np.asarray(got) - np.asarray(expected)) / np.linalg.norm(np.asarray(expected)))
+
+
+HOW, DEVICES, HARD, SIZES, MASKING = ("direct", "cached"), (1, 2, 4, 8), (0, 2), ("whole", "matryoshka"), ("plain", "masked")
+PLACES = ("local", "gathered", "ring")
+TABLE = list(itertools.product(LOSSES, PLACES, HOW, DEVICES, HARD, SIZES, MASKING))
+# In every run of the tests: each loss in each place, the other choices in turns.
+COVER = [
+    ("infonce", "ring", "direct", 8, 0, "whole", "masked"),
+    ("infonce", "gathered", "cached", 4, 0, "matryoshka", "masked"),
+    ("infonce", "local", "direct", 1, 2, "whole", "masked"),
+    ("flatnce", "ring", "cached", 8, 2, "whole", "plain"),
+    ("flatnce", "gathered", "direct", 2, 0, "matryoshka", "masked"),
+    ("flatnce", "local", "cached", 8, 0, "whole", "masked"),
+    ("dcl", "ring", "direct", 4, 2, "whole", "masked"),
+    ("dcl", "gathered", "cached", 1, 2, "matryoshka", "plain"),
+    ("dcl", "local", "direct", 8, 0, "whole", "masked"),
+    ("siglip", "ring", "cached", 2, 0, "whole", "masked"),
+    ("siglip", "gathered", "direct", 8, 2, "matryoshka", "masked"),
+    ("siglip", "local", "cached", 4, 2, "whole", "plain"),
+]
+
+
+def composition_config(loss: str, where: str, matryoshka: str, masking: str) -> ConfigDict:
+    config = objective_config(name=loss, where=where, bias=-3.0)
+    config.matryoshka = ((7, 0.5), (E, 1.0)) if matryoshka == "matryoshka" else ()
+    config.update(mask_same_document=masking == "masked", mask_duplicates=masking == "masked")
+    config.mask_margin = 0.3 if masking == "masked" else None
+    return config
+
+
+@functools.cache
+def small_encoder() -> tuple[encoder.Encoder, dict]:
+    """Embeddings, dropout, a norm and a projector."""
+    config = default_config().model
+    config.update(
+        num_layers=0, d_model=12, embedding_dim=E, dropout=0.2, init_std=1.0, position="none", norm="rmsnorm", bias=False
+    )
+    model = encoder.make_encoder(config, VOCAB)
+    return model, model.init(jax.random.key(0))
+
+
+def rows_of(views: int) -> Rows:
+    rng = np.random.default_rng(1)
+    size = rng.integers(1, LENGTH + 1, (B, views, 1, 1))
+    tokens = rng.integers(0, VOCAB, (B, views, 1, LENGTH)).astype(np.int32)
+    row = np.arange(B * views, dtype=np.int32).reshape(B, views, 1)
+    return Rows(tokens, (np.arange(LENGTH) < size).astype(np.int32), row)
+
+
+def encode(params: dict, rows: Rows) -> jax.Array:
+    b, v = rows.tokens.shape[:2]
+    flat = jax.tree.map(lambda x: x.reshape(b * v, *x.shape[3:]), rows)
+    return small_encoder()[0].apply(params, flat.tokens, flat.segment, jax.random.key(7), flat.row).reshape(b, v, -1)
+
+
+def value_and_gradients(encode: Callable, loss: Callable) -> Callable:
+    """Of (parameters, a nudge of the embeddings [b v e], rows, ids)."""
+
+    def value(params: dict, nudge: jax.Array, rows: Rows, ids: PairIds) -> jax.Array:
+        return loss(encode(params["encoder"], rows) + nudge, ids, params["objective"])
+
+    return jax.jit(jax.value_and_grad(value, argnums=(0, 1)))
+
+
+@functools.cache
+def expected(loss: str, shards: int, hard: int, matryoshka: str, masking: str) -> tuple:
+    """Loss and gradients; and the sums of absolute values of what loss and objective's gradients are sums of."""
+    config, views = composition_config(loss, "gathered", matryoshka, masking), 2 + hard
+
+    def plain(z: jax.Array, _: PairIds, params: dict) -> jax.Array:
+        return dense.loss(config, z, ids(views), params, shards, hard)
+
+    params = {"encoder": small_encoder()[1], "objective": make(config, views, None, hard).init(jax.random.key(0))}
+    z = encode(params["encoder"], rows_of(views))
+
+    def parts(params: dict) -> jax.Array:
+        return dense.parts(config, z, ids(views), params, shards, hard)
+
+    sizes = jax.tree.map(
+        lambda x: float(jnp.abs(x).sum()), (parts(params["objective"]), jax.jacfwd(parts)(params["objective"]))
+    )
+    nudge = jnp.zeros((B, views, E))
+    return *value_and_gradients(encode, plain)(params, nudge, rows_of(views), ids(views)), sizes
+
+
+def check_composition(loss: str, where: str, how: str, devices: int, hard: int, matryoshka: str, masking: str) -> None:
+    config, views, mesh = composition_config(loss, where, matryoshka, masking), 2 + hard, mesh_of(devices)
+    objective = make(config, views, mesh, hard)
+    embed = grad_cache.cached(encode, 16, mesh, sharding.BATCH_AXES) if how == "cached" else encode  # 16 + 8: a ragged end
+    params = {"encoder": small_encoder()[1], "objective": objective.init(jax.random.key(0))}
+    nudge = np.zeros((B, views, E), np.float32)
+    spread = sharding.to_global((nudge, rows_of(views), ids(views)), np.arange(B), B, mesh)
+    got = value_and_gradients(embed, lambda *arguments: objective.loss(*arguments)[0])(params, *spread)
+    value, gradients, sizes = expected(loss, devices if where == "local" else 1, hard, matryoshka, masking)
+    assert abs(got[0] - value) < 1e-6 * max(abs(value), 0.1 * sizes[0])
+    # A number that is a sum over rows may cancel (to 1e-6 of its terms, in one cell, where the float32 reference itself is 5 %
+    # off its float64 twin): then its error is relative to a part of the terms.
+    scalars = [x[0]["objective"] for x in (got[1], gradients)]
+    assert all(
+        abs(scalars[0][name] - scalars[1][name]) < 1e-5 * max(abs(scalars[1][name]), 0.01 * size)
+        for name, size in sizes[1].items()
+    ), scalars
+    far = jax.tree.map(distance, *[(x[0]["encoder"], x[1]) for x in (got[1], gradients)])
+    assert max(jax.tree.leaves(far)) < 1e-5, far
