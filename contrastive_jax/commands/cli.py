@@ -14,7 +14,7 @@ import traceback
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -273,14 +273,24 @@ def start(command: ModuleType, argv: list[str]) -> None:
             raise UserError(f"unexpected argument {argv[1]!r}; flags are given as --name=value")
         command.main(argv[1:])
     except UserError as error:
-        print_error(error)
-        sys.exit(error.status)
+        end(error)
     except Exception as error:
         user_error = storage_error(error, sys.argv[1:])
         if user_error is None:
             raise
-        print_error(user_error)
-        sys.exit(user_error.status)
+        end(user_error)
+
+
+def end(error: UserError) -> NoReturn:
+    """Ends the process with an error as the last line: threads of libraries that fail for the same reason say no more."""
+    logging.get_absl_handler().addFilter(nothing_of_libraries)
+    print_error(error)
+    sys.exit(error.status)
+
+
+def nothing_of_libraries(record: std_logging.LogRecord) -> bool:
+    """Returns whether a log line is of this package."""
+    return record.pathname.startswith(PACKAGE)
 
 
 def only_warnings_of_libraries(record: std_logging.LogRecord) -> bool:

@@ -254,3 +254,23 @@ def test_the_other_errors_of_a_failed_save_do_not_follow_the_last_line(name: str
 def test_b6_what_beam_logs_about_a_job_is_printed(module: str, printed: bool) -> None:
     record = logging.LogRecord("root", logging.INFO, f"/lib/apache_beam/{module}.py", 1, "Job is running", None, None)
     assert cli.only_warnings_of_libraries(record) is printed
+
+
+LATE = """
+import atexit, logging, types
+from contrastive_jax.commands import cli
+from contrastive_jax.config import UserError
+
+def main(arguments):
+    atexit.register(logging.getLogger("library").error, "a thread of a library failed too")
+    raise UserError("--flag=x: the bucket is gone")
+
+command = types.ModuleType("command", "Fails.")
+command.define_flags, command.main = lambda: None, main
+cli.run(command, [])
+"""
+
+
+def test_what_threads_of_libraries_log_at_the_end_does_not_hide_the_error() -> None:
+    done = subprocess.run([sys.executable, "-c", LATE], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1] == "error: --flag=x: the bucket is gone", done.stderr
