@@ -28,6 +28,7 @@ from ml_collections import ConfigDict
 from contrastive_jax.commands import cli, train
 from contrastive_jax.config import UserError
 from contrastive_jax.data import FORMAT, store
+from contrastive_jax.data.preparation import engine
 
 pytest_plugins = ["cloud.emulators", "launch.machines"]
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="contrastive_jax-")  # where evaluate keeps vectors
@@ -192,3 +193,16 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     rng = np.random.default_rng(1)
     sizes = {"train": rng.integers(5, 97, 150).tolist(), "validation": rng.integers(40, 97, 60).tolist()}
     return write_dataset(tmp_path_factory.mktemp("prepared"), sizes)
+
+
+def fail_after(tasks: int) -> Callable:
+    """A `LocalEngine.map` that fails after so many tasks of all stages."""
+    left = iter(range(tasks))
+
+    def run(self: engine.LocalEngine, function: Callable, tasks: list, done: Callable) -> None:
+        for task in tasks:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            done(function(task))
+
+    return run

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from cloud.emulators import listing
+from conftest import fail_after
 from etils import epath
 
 from contrastive_jax.config import UserError
@@ -26,19 +27,6 @@ def given(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, 
     texts = [" ".join(str(n * n % 1000 + k) for k in range(60)) for n in range(40)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return {"input": f"{tmp_path}/a.jsonl", "validation_fraction": 0.2, "vocab_size": 300, "record_tokens": 64, "workers": 1}
-
-
-def fail_after(tasks: int) -> Callable:
-    """A `LocalEngine.map` that fails after so many tasks."""
-    left = iter(range(tasks))
-
-    def run(self: engine.LocalEngine, function: Callable, tasks: list, done: Callable) -> None:
-        for task in tasks:
-            if next(left, None) is None:
-                raise KeyboardInterrupt
-            done(function(task))
-
-    return run
 
 
 def test_a_run_goes_on_and_makes_what_a_local_one_makes(

@@ -8,11 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, fail_after
 
 from contrastive_jax.config import UserError
 from contrastive_jax.data import tokenizer
@@ -77,19 +76,6 @@ def start(given: dict[str, Any]) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", PREPARE, json.dumps(given)]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
-
-
-def fail_after(tasks: int) -> Callable:
-    """A `LocalEngine.map` that fails after so many tasks of all stages."""
-    left = iter(range(tasks))
-
-    def run(self: engine.LocalEngine, function: Callable, tasks: list, done: Callable) -> None:
-        for task in tasks:
-            if next(left, None) is None:
-                raise KeyboardInterrupt
-            done(function(task))
-
-    return run
 
 
 @pytest.mark.parametrize("stride", [1, 7])
