@@ -46,7 +46,7 @@ def train(batch_size: int) -> dict[str, float]:
         state, metrics, _ = run.train_step(state, sharding.to_global(next(batches), rows, batch_size, mesh))
     jax.block_until_ready(metrics)
     encode = functools.partial(forward.make_forward(run.encoder.apply, run.mesh), state.params["encoder"])
-    return query_key.score_tokens(encode, pairs, config.eval.batch_size)["mean"]
+    return query_key.score_embeddings(query_key.embed_tokens(encode, pairs, config.eval.batch_size))["mean"]
 
 
 def plot(batches: list[int], scores: list[dict[str, float]]) -> None:

@@ -125,7 +125,7 @@ def open_source(directory: str, config: ConfigDict) -> Source:
         ends = np.cumsum(sizes).tolist()
         chunks += [Chunk(path, begin, end) for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
     sampler, dtype = spans.make_sampler(config), token_type(manifest["vocab_size"])
-    delimiters = views.delimiter_ids(manifest)
+    delimiters = views.delimiter_ids(manifest, sampler.views)
 
     def make_views(tokens: Sequence[bytes], uniform: np.ndarray) -> views.Views:
         sizes = np.array([len(record) for record in tokens], np.int32) // dtype.itemsize

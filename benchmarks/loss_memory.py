@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from benchmarks import common
 from contrastive_jax.config import default_config
-from contrastive_jax.objectives import pairs
+from contrastive_jax.objectives.objective import PairIds
 from contrastive_jax.runtime import sharding
 
 DIM = flags.DEFINE_integer("dim", 1024, "Width of an embedding.")
@@ -30,7 +30,7 @@ REPEATS = flags.DEFINE_integer("repeats", 5, "Timed runs of each loss; the media
 BLOCK = flags.DEFINE_integer("block", default_config().objective.block, "Rows and columns of a tile.")
 
 
-def dense_loss(z: jax.Array, ids: pairs.PairIds, params: dict) -> jax.Array:
+def dense_loss(z: jax.Array, ids: PairIds, params: dict) -> jax.Array:
     """Returns symmetric InfoNCE of z[b 2 e] from the whole matrix of logits."""
     del ids
     logits = z[:, 0] @ z[:, 1].T * jnp.exp(-params["log_temperature"])
@@ -50,7 +50,7 @@ def make_loss(name: str, mesh: Mesh, masked: bool = False) -> Any:
 def random_inputs(b: int, mesh: Mesh) -> tuple[Any, ...]:
     """Returns random z[b 2 e], ids of different documents, and params."""
     z = jax.random.normal(jax.random.key(0), (b, 2, DIM.value))
-    ids = pairs.PairIds(jnp.arange(b), jnp.arange(2 * b).reshape(b, 2))
+    ids = PairIds(jnp.arange(b), jnp.arange(2 * b).reshape(b, 2))
     normalised = z / jnp.linalg.norm(z, axis=-1, keepdims=True)
     placed = jax.device_put((normalised, ids), NamedSharding(mesh, sharding.BATCH))
     return *placed, jax.device_put({"log_temperature": jnp.log(0.05)}, sharding.replicated(mesh))

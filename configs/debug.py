@@ -19,3 +19,11 @@ def get_config() -> ConfigDict:
     # The embeddings do the work at first and take a large rate; the block follows.
     config.optim.update(learning_rate=5e-3, learning_rate_rules=((r"blocks", 0.1), (r".*", 1.0)), warmup_steps=20)
     return config
+
+
+def with_whole_block() -> ConfigDict:
+    """The same with a block that does not begin as the identity, and follows as fast: for losses that need it."""
+    config = get_config()
+    config.model.zero_init_branches = False
+    config.optim.update(learning_rate=2e-3, learning_rate_rules=((r".*", 1.0),))
+    return config

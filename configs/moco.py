@@ -14,6 +14,7 @@ from configs import debug
 def get_config() -> ConfigDict:
     config = debug.get_config()
     config.objective.symmetric = False
-    config.objective.queue = 32
-    config.objective.momentum = 0.99
+    config.memory.kind = "queue"
+    config.memory.queue = 32
+    config.memory.momentum = 0.99
     return config

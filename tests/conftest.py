@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
 import pytest
 from absl import flags
@@ -27,23 +28,25 @@ from ml_collections import ConfigDict
 
 from contrastive_jax.commands import cli, train
 from contrastive_jax.config import UserError
-from contrastive_jax.data import FORMAT, store
+from contrastive_jax.data import FORMAT, store, tokenizer
 from contrastive_jax.data.preparation import engine
+from contrastive_jax.runtime import sharding
+from contrastive_jax.training import build
 
 pytest_plugins = ["cloud.emulators", "launch.machines"]
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="contrastive_jax-")  # where evaluate keeps vectors
 ROOT = pathlib.Path(__file__).parent.parent
 RESERVED = {"pad": 0, "bos": 1, "eos": 2, "mask": 3, "x_open": 4, "x_close": 5, "y_open": 6, "y_close": 7}
 VOCAB = 320
-# All recipes, as (name, argument of get_config).
-VARIANTS = {"cpt_text": ["s"]}
-RECIPES = [
-    (name, arg) for name in sorted(path.stem for path in (ROOT / "configs").glob("*.py")) for arg in VARIANTS.get(name, [""])
-]
+# All recipes, as (name, argument of get_config); of those that differ in size alone, the smallest.
+NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+MODULES = {name: importlib.import_module(f"configs.{name}") for name in NAMES}
+VARIANTS = {name: [*module.VARIANTS] for name, module in MODULES.items() if hasattr(module, "VARIANTS")} | {"cpt_text": ["s"]}
+RECIPES = [(name, argument) for name in NAMES for argument in VARIANTS.get(name, [""])]
 
 
 def write_dataset(
-    root: pathlib.Path, sizes: dict[str, list[int]], seed: int = 0, domains: Sequence[str] = ("a", "b")
+    root: pathlib.Path, sizes: dict[str, list[int]], seed: int = 0, domains: Sequence[str] = ("a", "b"), **more: object
 ) -> pathlib.Path:
     """A prepared dataset with records of these sizes per split, in two file shards; records 2i and 2i + 1 are of document i.
 
@@ -58,36 +61,53 @@ def write_dataset(
             # A topic per record: neighbouring spans share rare tokens, so that there is something to learn.
             topic = rng.integers(8, VOCAB, size=12)
             tokens = np.where(rng.random(length) < 0.5, rng.choice(topic, length), rng.integers(8, VOCAB, length))
-            document = number // 2
-            records.append(store.Record(tokens, f"{document:08x}{'0' * 24}", document % len(domains), number % 2 * 96))
+            document, label = number // 2, None
+            if "fields" in more:  # three texts, each of which ends with the id eos
+                tokens[length // 3], tokens[2 * length // 3], tokens[-1], label = 2, 2, 2, float(number % 2)
+            key = f"{document:08x}{'0' * 24}"
+            records.append(store.Record(tokens, key, document % len(domains), number % 2 * 96, label))
         indexes = []
         for number, shard in enumerate((records[: len(records) // 2], records[len(records) // 2 :])):
             path = root / store.NAME.format(split=split, number=number, count=2)
             indexes.append(store.write_file_shard(path, sorted(shard, key=lambda record: record.domain), domains, VOCAB))
         store.write_index(root, split, indexes)
     manifest = {"format": FORMAT, "window": 96, "vocab_size": VOCAB, "reserved": RESERVED, "content_hash": f"test{seed}"}
-    manifest |= {"domains": list(domains), "splits": {split: {} for split in sizes}}
+    manifest |= {"domains": list(domains), "splits": {split: {} for split in sizes}, **more}
     (root / "manifest.json").write_text(json.dumps(manifest))
     return root
 
 
 def shrink(config: ConfigDict, dataset: pathlib.Path) -> ConfigDict:
-    """A shipped recipe, small enough for a test: its choices stay, its sizes go."""
+    """A shipped recipe, small enough for a test: its choices stay, its sizes go. `dataset`/pairs is for those of pairs."""
+    dataset = dataset / "pairs" if config.data.sampler == "fields" else dataset
     layers = min(config.model.num_layers, 2)
     eight = dict(num_layers=layers, d_model=16, num_heads=4, num_kv_heads=4, head_dim=4, d_ff=32)
     config.model.update(eight)
     config.data.update(dir=str(dataset), batch_size=16, length=24, min_span=6, max_span=20, max_gap=min(config.data.max_gap, 3))
+    config.model.latent_layers = max(min(config.model.latent_layers, layers), 1)
+    if config.model.mixer != "attention":
+        config.model.max_length = 24  # every row is padded to it
     config.eval.update(pairs=40, span=10, batch_size=24)
     config.mesh.update(data=-1, fsdp=1, tensor=1)
     config.optim.warmup_steps = 1
     config.micro_batch = 8 if config.micro_batch else 0
-    config.objective.queue = min(config.objective.queue, 3)
+    config.memory.queue = min(config.memory.queue, 3)
+    config.heads.update(projector=(16, 16), predictor=(8, 16))
     config.update(steps=4, log_every=1, eval_every=0, checkpoint_every=0)
     return config
 
 
 def recipe(name: str, *argument: str) -> ConfigDict:
-    return importlib.import_module(f"configs.{name}").get_config(*argument)
+    config = importlib.import_module(f"configs.{name}").get_config(*argument)
+    config.memory.source = ""  # a teacher that was not trained here; the run's own start takes its place
+    return config
+
+
+def trace(config: ConfigDict, vocab_size: int = 8192) -> tuple[build.Run, tuple]:
+    """A run, and the shapes of what its step returns; nothing is compiled."""
+    mesh = sharding.make_mesh(config.mesh)
+    run = build.build(config, mesh, vocab_size)
+    return run, jax.eval_shape(run.train_step, run.shapes, build.batch_shapes(config, mesh))
 
 
 def overrides(name: str, dataset: pathlib.Path) -> list[str]:
@@ -189,10 +209,17 @@ def refusal(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """150 training records of 5 to 96 tokens, 60 held-out records of 40 to 96."""
+    """150 training records of 5 to 96 tokens, 60 held-out records of 40 to 96, and a tokenizer."""
     rng = np.random.default_rng(1)
     sizes = {"train": rng.integers(5, 97, 150).tolist(), "validation": rng.integers(40, 97, 60).tolist()}
-    return write_dataset(tmp_path_factory.mktemp("prepared"), sizes)
+    folder = write_dataset(tmp_path_factory.mktemp("prepared"), sizes)
+    write_dataset(
+        folder / "pairs", {split: [max(9, n) for n in lengths] for split, lengths in sizes.items()}, fields=3, labels=[0.0, 1.0]
+    )
+    trained = tokenizer.train([f"The cat {i} sat on a mat. A dog {i * i} ran!" for i in range(80)], VOCAB)
+    for root in (folder, folder / "pairs"):
+        (root / trained.file).write_bytes(trained.model)
+    return folder
 
 
 def fail_after(tasks: int) -> Callable:

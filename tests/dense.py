@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from contrastive_jax.objectives.pairs import PairIds
+from contrastive_jax.objectives.objective import PairIds
 from contrastive_jax.objectives.tiles import MASKED
 
 
@@ -15,11 +15,11 @@ def kept_rows(span_hash: np.ndarray) -> np.ndarray:
     return np.array([not (tuple(row) in seen or seen.add(tuple(row))) for row in span_hash.tolist()])
 
 
-def negatives(config: ConfigDict, ids: PairIds, shards: int, hard_negatives: int) -> tuple[np.ndarray, np.ndarray]:
+def negatives(config: ConfigDict, ids: PairIds, shards: int) -> tuple[np.ndarray, np.ndarray]:
     """Which keys are negatives of which anchors, bool[b b k], by looking at every pair; and which rows count, bool[b]."""
     doc, text = ids.document, ids.span_hash
     b, views = text.shape
-    p = views - 1 - hard_negatives
+    p = views - 1 - config.hard_negatives
     keep = kept_rows(text) if config.mask_duplicates else np.ones(b, bool)
     allowed = np.zeros((b, b, views - 1), bool)
     for i in range(b):
@@ -30,21 +30,21 @@ def negatives(config: ConfigDict, ids: PairIds, shards: int, hard_negatives: int
                 if config.mask_same_document and not hard:
                     ok = ok and doc[i] != doc[j]
                 if config.mask_duplicates:
-                    of_key = {text[j, 1 + c]} | (set() if hard else {text[j, 0]})
+                    of_key = {text[j, 1 + c]} if hard else set(text[j, : 1 + p].tolist())
                     ok = ok and not of_key & set(text[i, : 1 + p].tolist())
                 allowed[i, j, c] = ok
     return allowed, keep
 
 
-def loss(config: ConfigDict, z: jax.Array, ids: PairIds, params: dict, shards: int = 1, hard_negatives: int = 0) -> jax.Array:
+def loss(config: ConfigDict, z: jax.Array, ids: PairIds, params: dict, shards: int = 1) -> jax.Array:
     """The loss float32[] of z[b v e]; shards > 1: negatives come from one's own share of the batch alone."""
-    return parts(config, z, ids, params, shards, hard_negatives).sum()
+    return parts(config, z, ids, params, shards).sum()
 
 
-def parts(config: ConfigDict, z: jax.Array, ids: PairIds, params: dict, shards: int = 1, hard_negatives: int = 0) -> jax.Array:
+def parts(config: ConfigDict, z: jax.Array, ids: PairIds, params: dict, shards: int = 1) -> jax.Array:
     """What each anchor and each positive contributes to the loss; they may have either sign and cancel."""
-    allowed, keep = negatives(config, ids, shards, hard_negatives)
-    p = ids.span_hash.shape[1] - 1 - hard_negatives
+    allowed, keep = negatives(config, ids, shards)
+    p = ids.span_hash.shape[1] - 1 - config.hard_negatives
     of_prefixes, weights = [], 0.0
     for size, weight in config.matryoshka or ((z.shape[-1], 1.0),):
         prefix = z[..., :size]
@@ -66,7 +66,7 @@ def parts_of_prefix(config: ConfigDict, z: jax.Array, allowed: jax.Array, keep: 
         limit = jnp.concatenate([own_similarity + config.mask_margin, jnp.full((b, allowed.shape[2] - p), jnp.inf)], axis=1)
         in_columns = allowed & (similarity <= limit)
     directions = [losses(config, own, s.reshape(b, 1, -1), in_rows.reshape(b, 1, -1))]
-    if config.symmetric and config.name != "siglip":
+    if config.symmetric and config.name in ("infonce", "flatnce", "dcl"):
         # Anchors are the keys of a positive: [j p i].
         directions.append(losses(config, own, s.transpose(1, 2, 0)[:, :p], in_columns.transpose(1, 2, 0)[:, :p]))
     return jnp.stack([jnp.where(keep[:, None], value, 0) / (keep.sum() * p * len(directions)) for value in directions]).ravel()
@@ -77,6 +77,12 @@ def losses(config: ConfigDict, positive: jax.Array, others: jax.Array, allowed: 
     masked = jnp.where(allowed, others, MASKED)
     if config.name == "siglip":
         return jax.nn.softplus(-positive) + jax.nn.softplus(masked).sum(-1)
+    if config.name in ("dv", "mine", "nwj", "jsd"):  # expectations over all negatives of the batch
+        number = allowed.sum()
+        if config.name == "jsd":
+            return jax.nn.softplus(-positive) + jax.nn.softplus(masked).sum() / number
+        log_mean = jax.nn.logsumexp(masked) - jnp.log(number)
+        return (jnp.exp(log_mean - 1) if config.name == "nwj" else log_mean) - positive
     ratio = jnp.where(allowed.any(-1), jax.nn.logsumexp(masked, axis=-1) - positive, 0)
     if config.name != "infonce":
         return ratio if config.name == "dcl" else jnp.exp(ratio - jax.lax.stop_gradient(ratio))

@@ -3,11 +3,15 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, write_dataset
+
+from benchmarks import common
 
 
 def run(name: str, *flags: str) -> list[str]:
@@ -64,3 +68,69 @@ def test_data_order(tmp_path: pathlib.Path) -> None:
     lines = run("data_order", "--records=20000", "--pairs=256", "--sizes=100,2000", f"--output={tmp_path / 'figure.png'}")
     assert sum("each exactly once in each of 3 epochs: True" in line for line in lines) == 2
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_systems_goes_on_where_it_ended(dataset: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    data = write_dataset(tmp_path / "data", {"train": [200] * 300, "validation": [200] * 60}, window=200)
+    shutil.copy(dataset / "tokenizer.model", data)
+    flags = [f"--data={data}", f"--output={tmp_path}", "--steps=2", "--pairs=40", "--rows=untrained,replaced tokens"]
+    lines = run("systems", *flags)
+    assert [line.split(":")[0] for line in lines[:2]] == ["untrained seed 0", "replaced tokens seed 0"]
+    assert "not run: byol >= simsiam -5" in lines and "not run: mlm >= 20" in lines
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert 0.3 < rows["replaced tokens seed 0"]["held_out_token_auc"] < 0.7 and "TF-IDF seed 0" in rows
+    assert (tmp_path / "systems.png").stat().st_size > 5000
+    assert run("systems", *flags)[0].startswith("| system | top-5 | top-1 |")
+    assert (tmp_path / "systems.md").read_text().count("\n") == 5
+
+
+@pytest.mark.slow
+def test_m11_views_goes_on_where_it_ended(dataset: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    data = write_dataset(tmp_path / "data", {"train": [200] * 300, "validation": [200] * 60}, window=200)
+    shutil.copy(dataset / "tokenizer.model", data)
+    flags = [f"--data={data}", f"--output={tmp_path}", "--steps=2", "--pairs=40"]
+    assert run("views", *flags, "--distances=copies,62")[-1].startswith("top-1: best at ")
+    kept = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert kept["copies"]["mutual_information"] > kept["62"]["mutual_information"]
+    kept["62"] |= {"mutual_information": 1.0, "query_key/mean/top5": 1.0}  # an earlier point stays as it is
+    (tmp_path / "results.json").write_text(json.dumps(json.loads((tmp_path / "results.json").read_text()) | {"rows": kept}))
+    lines = run("views", *flags, "--distances=62,copies")
+    assert lines[2].startswith("| 62 | 1.00 | 100.0 |")
+    assert "top-5: best at 62, the least information" in lines and (tmp_path / "views.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_m13_longer_shows_each_evaluation(dataset: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    data = write_dataset(tmp_path / "data", {"train": [200] * 300, "validation": [200] * 60}, window=200)
+    shutil.copy(dataset / "tokenizer.model", data)
+    (tmp_path / "stsb").mkdir()
+    (tmp_path / "stsb/dev.tsv").write_text("1\ta b\tc d\n5\ta b\ta b\n3\ta b\ta d\n")
+    flags = [f"--data={data}", f"--output={tmp_path}", f"--tasks=sts={tmp_path}/stsb", "--steps=2", "--every=1", "--pairs=40"]
+    lines = run("longer", *flags)
+    assert lines[0] == "| steps | top-5 | top-1 | sts-stsb dev spearman |"
+    assert [line.split(" | ")[0] for line in lines[2:5]] == ["| 0", "| 1", "| 2"]
+    assert lines[-1].startswith("sts-stsb dev spearman: best ") and (tmp_path / "longer.png").stat().st_size > 5000
+
+
+def test_row47_the_area_under_the_curve_counts_pairs() -> None:
+    rng = np.random.default_rng(0)
+    score, positive = rng.integers(0, 9, 70) / 8, rng.random(70) < 0.3
+    difference = score[positive][:, None] - score[~positive]
+    assert common.auc(score, positive) == pytest.approx(((difference > 0) + 0.5 * (difference == 0)).mean())
+
+
+def test_the_threshold_is_the_most_often_right() -> None:
+    rng = np.random.default_rng(0)
+    positive = rng.random(300) < 0.6
+    score = rng.normal(size=300) + 2 * positive
+    best = max(((score > t) == positive).mean() for t in score)
+    assert ((score > common.threshold(score, positive)) == positive).mean() >= best - 1 / 300
+
+
+@pytest.mark.slow
+def test_labelled(dataset: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    flags = [f"--data={dataset / 'pairs'}", f"--output={tmp_path}", "--epochs=2", "--length=24", "--rows=rdrop,cosine"]
+    lines = run("labelled", *flags)
+    assert [line.count(",") for line in lines[-2:]] == [1, 1] and lines[2] == "| majority class | 50.0 | |"
+    assert (tmp_path / "labelled.md").read_text().splitlines() == lines

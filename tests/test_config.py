@@ -7,8 +7,8 @@ import pytest
 
 from contrastive_jax.config import KEYS, UserError, check, default_config, flat, load_run_config, to_json
 from contrastive_jax.data import spans
-from contrastive_jax.models import transformer
-from contrastive_jax.objectives import exchange, losses
+from contrastive_jax.models import mixers, transformer
+from contrastive_jax.objectives import exchange, losses, registry, tokens
 
 
 def write_config(workdir: pathlib.Path, **changes: object) -> pathlib.Path:
@@ -42,14 +42,18 @@ def test_configs_do_not_share_values() -> None:
 @pytest.mark.parametrize(
     ("key", "table"),
     [
-        ("objective.name", losses.LOSSES),
+        ("objective.name", {**registry.OBJECTIVES, **losses.LOSSES}),
         ("objective.where", exchange.EXCHANGES),
         ("data.sampler", spans.SAMPLERS),
-        ("model.mlp", {**transformer.PLAIN, **transformer.GATED}),
+        ("tokens.name", tokens.TOKEN_LOSSES),
+        ("model.mlp", {**transformer.PLAIN, **transformer.GATED, "none": None}),
+        ("model.mixer", mixers.MIXERS),
     ],
 )
 def test_choices_are_those_of_the_code(key: str, table: dict) -> None:
-    assert sorted(KEYS[key].rule.text.removeprefix("choose one of ").split(", ")) == sorted(table)
+    assert sorted(KEYS[key].rule.text.removeprefix("choose one of ").removesuffix(", or '' for none").split(", ")) == sorted(
+        table
+    )
 
 
 def test_a_broken_rule_is_named() -> None:
@@ -72,8 +76,8 @@ def test_the_config_of_a_run_comes_back(tmp_path: pathlib.Path) -> None:
 
 
 def test_unknown_keys_are_named_and_left_out(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
-    load_run_config(write_config(tmp_path, objective__hard_negatives=0, data__colour="red"))
-    assert "data.colour, objective.hard_negatives" in caplog.text
+    load_run_config(write_config(tmp_path, objective__hinge=0, data__colour="red"))
+    assert "data.colour, objective.hinge" in caplog.text
 
 
 def test_learned_positions_of_older_runs_are_as_long_as_their_rows(tmp_path: pathlib.Path) -> None:

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "contrastive_jax"
 ROOMS = {
     "__init__.py": "config data evals inference objectives runtime training",
     "__main__.py": "commands",
-    "config.py": "",
+    "config": "",
     "files": "config runtime.progress",
     "data": "config files runtime.progress",
     "runtime": "config files jax orbax",
@@ -20,9 +20,9 @@ ROOMS = {
     "models": "config runtime jax flax",
     "huggingface": "config files data",
     "training": "config files data runtime objectives models huggingface jax optax clu",
-    "inference": "config files data runtime models huggingface jax",
+    "inference": "config files data runtime objectives models huggingface jax",
     "evals": "config files data runtime inference training objectives models huggingface jax optax",
-    "planning": "config files data runtime training inference jax",
+    "planning": "config files data runtime objectives training inference jax",
     "reporting": "config files data inference evals",
     "commands": "contrastive_jax config files data evals inference planning reporting runtime training",
 }

@@ -5,7 +5,7 @@
 The model is the workdir of a run (its newest checkpoint; WORKDIR@STEP or WORKDIR@best: that one), an exported folder, or a
 Hugging Face or sentence-transformers folder (hf:FOLDER). Each task has its --data, in the order of --tasks (or one for all):
 
-query_key             held-out spans of a prepared dataset, by default the run's own
+query_key information held-out spans of a prepared dataset, by default the run's own
 sts                   a folder of .tsv: score, text, text
 wordsim               a folder of .tsv or .csv: word, word, score
 retrieval             a BEIR folder: corpus.jsonl, queries.jsonl, qrels/test.tsv
@@ -49,6 +49,7 @@ def define_flags() -> None:
     flags.DEFINE_string("compare", None, "A.json B.json: show results side by side; nothing is evaluated.")
     flags.DEFINE_integer("epochs", default.epochs, "Epochs of a fine-tuning (glue).", lower_bound=1)
     flags.DEFINE_integer("seeds", default.seeds, "Fine-tunings (glue), each with its own seed.", lower_bound=1)
+    flags.DEFINE_bool("joined", default.joined, "Fine-tune on rows of both texts, the second one first (glue).")
     flags.DEFINE_list("mteb", list(default.mteb), "MTEB's names of its tasks (mteb).")
     cli.define_processes()
     flags.DEFINE_bool("any_protocol", False, "Let --compare show results that were measured differently.")
@@ -67,7 +68,7 @@ def main(arguments: list[str]) -> None:
     if files.on_bucket(values.cache):
         raise UserError(f"--cache={values.cache}: SQLite needs a local file; give one, or --cache= to keep no vectors")
     cache = pathlib.Path(values.cache).expanduser() if values.cache else None
-    options = Options(values.pairs, values.span, values.epochs, values.seeds, values.mteb, cache)
+    options = Options(values.pairs, values.span, values.epochs, values.seeds, values.joined, values.mteb, cache)
     with cli.joined_processes():
         processes.enable_compilation_cache()
         run.evaluate_model(values.model, values.tasks, values.data, options, values.baselines, values.output, values.max_tokens)

@@ -14,7 +14,8 @@ class Batch(NamedTuple):
       segment: int32[g v r l], 1 to b / g on the spans of a group, in the order of its pairs, and 0 on padding.
       document: int32[b], the number of each pair's document.
       span_hash: int32[b v], a hash of each span without its delimiters: equal spans have equal hashes.
-      label: int32[b], the class of each pair, -1 for a pair that only fills the batch up; None for unlabelled pairs.
+      label: float32[b], the class or the score of each pair, NaN for a pair without one; None: no pair has one. A class is a
+        whole number, which float32 holds exactly up to 2**24.
     """
 
     tokens: Any

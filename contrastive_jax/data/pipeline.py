@@ -12,14 +12,14 @@ import concurrent.futures
 import itertools
 import sys
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
 from contrastive_jax.config import UserError
-from contrastive_jax.data import order, packing, reading, spans, views
+from contrastive_jax.data import order, packing, pieces, prepared, reading, spans, tokenizer, views
 from contrastive_jax.data.batch import Batch
 from contrastive_jax.data.prepared import RecordBatch, Records
 
@@ -56,17 +56,21 @@ class Stream(NamedTuple):
         """
         records, config, seed, sampler, data_order = self
         own = np.arange(config.batch_size) if pairs is None else pairs
-        delimiters = views.delimiter_ids(records.manifest) if config.delimiters else None
+        delimiters = views.delimiter_ids(records.manifest, sampler.views) if config.delimiters else None
+        find_units = unit_finder(sampler, config, records.manifest)
         reader = reading.Reader(records, data_order, sampler.min_record, own, config.batch_size)
 
         def make_batch(step: int, waiting: concurrent.futures.Future[RecordBatch]) -> Batch:
-            tokens, begin, length, document = waiting.result()
+            tokens, begin, length, document, label = waiting.result()
             uniform = spans.uniform_numbers(seed, step, config.batch_size, sampler.uniforms)[own]
-            first, size = sampler.sample(length, uniform)
+            units = find_units(tokens, begin)
+            if step == start and sampler.ends == "sentence":
+                log_units(sampler, units[0])
+            first, size = sampler.sample(length, uniform, *units)
             tokens, segment, span_hash = views.make_views(
                 tokens, begin[:, None] + first, size, config.length, delimiters, config.pack_pairs, config.pack_rows
             )
-            return Batch(tokens, segment, document, span_hash)
+            return Batch(tokens, segment, document, span_hash, label if sampler.ends == "field" else None)
 
         return ahead(reader, make_batch, start)
 
@@ -83,10 +87,26 @@ def open_stream(records: Records, config: ConfigDict, seed: int) -> Stream:
       UserError: config values contradict each other, or the records cannot serve them.
     """
     sampler = spans.make_sampler(config)
+    check_fields(records.manifest.get("fields", 0), config)
     spans.check_length(config, sampler.max_span, "config.data.max_span")
     packing.check_rows(config, sampler.min_span)
     data_order = order.Order(records, config, seed, count_usable(records, config, sampler))
     return Stream(records, config, seed, sampler, data_order)
+
+
+def check_fields(count: int, config: ConfigDict) -> None:
+    """Checks that the sampler fits the data, whose pairs have `count` fields; 0: it has documents.
+
+    Raises:
+      UserError: it does not.
+    """
+    if config.sampler != "fields":
+        if count:
+            raise UserError(f"config.data.sampler={config.sampler!r}: config.data.dir holds pairs; set it to 'fields'")
+    elif not count:
+        raise UserError("config.data.sampler='fields': config.data.dir holds no pairs; make them with `prepare --pairs=GLOB`")
+    elif config.views > count:
+        raise UserError(f"config.data.views={config.views}: the pairs of config.data.dir have {count} texts; lower it")
 
 
 def count_usable(records: Records, config: ConfigDict, sampler: spans.Sampler) -> np.ndarray:
@@ -99,10 +119,10 @@ def count_usable(records: Records, config: ConfigDict, sampler: spans.Sampler) -
     count, total, longest = int(usable.sum(dtype=np.int64)), len(records), records.manifest["window"]
     if not count:
         raise UserError(
-            f"no record has the {sampler.min_record} tokens that two spans need (longest: {records.lengths().max(initial=0)}); "
-            "lower config.data.min_span or config.data.min_gap"
+            f"no record has the {sampler.min_record} tokens that config.data.sampler={config.sampler!r} needs (longest: "
+            f"{records.lengths().max(initial=0)}); lower {' or '.join(f'config.data.min_{key}' for key in sampler.keys)}"
         )
-    asked = f"config.data.max_span={config.max_span} and config.data.max_gap={config.max_gap}"
+    asked = " and ".join(f"config.data.max_{key}={config[f'max_{key}']}" for key in sampler.keys)
     if sampler.max_record > longest:
         raise UserError(
             f"{asked} need records of {sampler.max_record} tokens, but those of config.data.dir have at most {longest}; "
@@ -112,7 +132,7 @@ def count_usable(records: Records, config: ConfigDict, sampler: spans.Sampler) -
         logging.info("%d of %d records have fewer than %d tokens and are left out", total - count, total, sampler.min_record)
     share = roomy.sum(dtype=np.int64) / count
     if share < 1:
-        logging.info("%s: %.1f %% of the records have room for both; the others have shorter spans or gaps", asked, 100 * share)
+        logging.info("%s: %.1f %% of the records have room for the longest; the others have shorter ones", asked, 100 * share)
     return usable
 
 
@@ -121,6 +141,29 @@ def batches(
 ) -> Iterator[Batch]:
     """Returns the batches of a stream that nothing else needs; see `open_stream` and `Stream.batches`."""
     return open_stream(records, config, seed).batches(pairs, start)
+
+
+def unit_finder(
+    sampler: spans.Sampler, config: ConfigDict, manifest: dict[str, Any]
+) -> Callable[[np.ndarray, np.ndarray], list[pieces.Units]]:
+    """Returns the function (tokens of all records, where each begins) → the units between which the sampler cuts, if any."""
+    if sampler.ends == "sentence":
+        tables = tokenizer.load(prepared.folders(config.dir)[0]).tables()
+        return lambda tokens, begin: [pieces.sentences(tokens, begin, tables)]
+    if sampler.ends == "field":
+        return lambda tokens, begin: [pieces.fields(tokens, begin, manifest["reserved"]["eos"])]
+    return lambda tokens, begin: []
+
+
+def log_units(sampler: spans.Sampler, units: pieces.Units) -> None:
+    """Says how many of the first batch's records have the units that the sampler asks for: the tables alone can tell."""
+    count = np.diff(units.first)
+    full, cut = 100 * (count >= sampler.max_units).mean(), 100 * (count < sampler.min_units).mean()
+    logging.info(
+        "of the first records, %.1f %% have the %d sentences of a whole pair, %.1f %% have fewer than %d and are cut at their "
+        "middle, and the spans of the others have fewer sentences",
+        *(full, sampler.max_units, cut, sampler.min_units),
+    )
 
 
 def ahead(

@@ -7,10 +7,12 @@ Dimensions: n records of a split, c chunks, s file shards, m records that are re
 
 import concurrent.futures
 import hashlib
+import math
 import os
+import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,21 +32,23 @@ THREADS = {False: 4, True: 32}
 READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0,footer_prefetch_bytes:128k"
 READER_BUFFER = 1 << 15
 # The keys of a stored record in its serialised form, as protocol buffers write them.
-TOKENS_KEY, DOCUMENT_KEY = b"\n\x06tokens\x12", b"\n\x08document\x12"
+TOKENS_KEY, DOCUMENT_KEY, LABEL_KEY = b"\n\x06tokens\x12", b"\n\x08document\x12", b"\n\x05label\x12"
 
 
 class Chunk(NamedTuple):
     """What training reads of the records of a chunk.
 
-    An object per record would have Python's garbage collector look at each of them again and again: hence two lists.
+    An object per record would have Python's garbage collector look at each of them again and again: hence lists.
 
     Attributes:
       tokens: the bytes of the token ids of each record, of the type `token_type(vocab_size)`.
       document: the first 31 bits of the hash of the document of each: equal for the records of one document.
+      label: of each pair, or NaN.
     """
 
     tokens: list[bytes]
     document: list[int]
+    label: list[float]
 
 
 class RecordBatch(NamedTuple):
@@ -55,12 +59,14 @@ class RecordBatch(NamedTuple):
       begin: int64[m], the position in `tokens` of each record's first token.
       length: int32[m], the tokens of each record.
       document: int32[m], the first 31 bits of the hash of each record's document.
+      label: float32[m], of each pair, or NaN.
     """
 
     tokens: np.ndarray
     begin: np.ndarray
     length: np.ndarray
     document: np.ndarray
+    label: np.ndarray
 
     def token_lists(self) -> list[list[int]]:
         """Returns the token ids of each record."""
@@ -108,7 +114,9 @@ class Records:
         begin = int(sizes[: chunk - first].sum(dtype=np.int64))
         reader = self._readers.get(shard, int(sizes.sum(dtype=np.int64)))
         serialised = reader.read(begin, begin + int(self.chunk_size[chunk]))
-        return Chunk([parse_tokens(record) for record in serialised], [parse_document(record) for record in serialised])
+        labels = [parse_label(record) if self.manifest.get("fields") else math.nan for record in serialised]
+        documents = [parse_document(record) for record in serialised]
+        return Chunk([parse_tokens(record) for record in serialised], documents, labels)
 
     def _shard_of(self, chunk: int) -> int:
         return int(np.searchsorted(self._first_chunk, chunk, side="right")) - 1
@@ -127,14 +135,15 @@ class Records:
             chunks = dict(zip(needed, threads.map(self.read_chunk, needed), strict=True))
         numbered = list(zip(chunk_of.tolist(), positions.tolist(), strict=True))
         document = np.array([chunks[chunk].document[i] for chunk, i in numbered], np.int32)
-        return self.join([chunks[chunk].tokens[i] for chunk, i in numbered], document)
+        label = np.array([chunks[chunk].label[i] for chunk, i in numbered], np.float32)
+        return self.join([chunks[chunk].tokens[i] for chunk, i in numbered], document, label)
 
-    def join(self, tokens: Sequence[bytes], document: np.ndarray) -> "RecordBatch":
+    def join(self, tokens: Sequence[bytes], document: np.ndarray, label: np.ndarray) -> "RecordBatch":
         """Puts the tokens of records into one array."""
         dtype = token_type(self.manifest["vocab_size"])
         length = np.array([len(record) for record in tokens], np.int64) // dtype.itemsize
         begin = np.cumsum(length) - length
-        return RecordBatch(np.frombuffer(b"".join(tokens), dtype), begin, length.astype(np.int32), document)
+        return RecordBatch(np.frombuffer(b"".join(tokens), dtype), begin, length.astype(np.int32), document, label)
 
     def lengths(self) -> np.ndarray:
         """Returns int32[n], the tokens of each record: for splits that are small enough."""
@@ -207,6 +216,12 @@ def parse_document(serialised: bytes) -> int:
     return int(serialised[begin : begin + 8], 16) & 0x7FFFFFFF
 
 
+def parse_label(serialised: bytes) -> float:
+    """Returns the label of a serialised pair."""
+    begin = serialised.index(LABEL_KEY) + len(LABEL_KEY) + 5  # three lengths of one byte, and two tags
+    return struct.unpack_from("<f", serialised, begin)[0]
+
+
 def varint(data: bytes, at: int) -> tuple[int, int]:
     """Returns the number of variable length at a position of a protocol buffer, and the position after it."""
     value = shift = 0
@@ -248,7 +263,15 @@ def load_manifest(directory: epath.PathLike) -> dict[str, Any]:
     return first | {
         "window": max(manifest["window"] for manifest in manifests),
         "content_hash": hashlib.sha256(" ".join(hashes).encode()).hexdigest(),
+        "fields": min(manifest.get("fields", 0) for manifest in manifests),
+        "labels": label_range(manifest.get("labels", []) for manifest in manifests),
     }
+
+
+def label_range(ranges: Iterable[Sequence[float]]) -> list[float]:
+    """Returns the lowest and the highest label of datasets or file shards, from those of each; [] where there is none."""
+    labels = [label for of_one in ranges for label in of_one]
+    return [min(labels), max(labels)] if labels else []
 
 
 def _load_manifest(root: epath.Path, directory: epath.PathLike) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import numpy as np
 from contrastive_jax.config import UserError
 from contrastive_jax.data import token_type
 from contrastive_jax.data.order import Order, Window
-from contrastive_jax.data.prepared import THREADS, RecordBatch, Records
+from contrastive_jax.data.prepared import THREADS, Chunk, RecordBatch, Records
 
 # The records in memory, in windows.
 READ_AHEAD = 1.25
@@ -32,6 +32,7 @@ class Loading:
       records: the records of this process's pairs in it.
       tokens: the bytes of the tokens of each record of the window: None before it is read, and again when it has been used.
       document: int32[m], the document of each.
+      label: float32[m], the label of each, or NaN.
     """
 
     def __init__(self, window: Window, mine: np.ndarray, first: int):
@@ -51,6 +52,7 @@ class Loading:
         self._next = iter(np.flatnonzero(self._counts).tolist())
         self.tokens: list[bytes | None] = [None] * len(window.record)
         self.document = np.zeros(len(window.record), np.int32)
+        self.label = np.full(len(window.record), np.nan, np.float32)
         self._reading: dict[int, concurrent.futures.Future[None]] = {}  # of the chunks that are read, or will be
 
     def start_next(self, reader: "Reader") -> int:
@@ -64,12 +66,12 @@ class Loading:
 
     def _read(self, reader: "Reader", chunk: int, begin: int, end: int) -> None:
         """Reads a chunk, whose records are those from `begin` to before `end` of the window."""
-        tokens, self.document[begin:end] = reader.read_chunk(chunk, end - begin)
+        tokens, self.document[begin:end], self.label[begin:end] = reader.read_chunk(chunk, end - begin)
         wanted = self._wanted[begin:end].tolist()
         self.tokens[begin:end] = [record if keep else None for record, keep in zip(tokens, wanted, strict=True)]
 
-    def take(self, ranks: np.ndarray) -> tuple[list[bytes], np.ndarray]:
-        """Returns the tokens of the records of ranks int64[n], and int32[n], their documents; forgets the tokens."""
+    def take(self, ranks: np.ndarray) -> tuple[list[bytes], np.ndarray, np.ndarray]:
+        """Returns the tokens of the records of ranks int64[n], int32[n], their documents, and labels; forgets the tokens."""
         chunks, _ = self.window.locate(ranks)
         for index in np.unique(chunks).tolist():
             self._reading[index].result()
@@ -78,7 +80,7 @@ class Loading:
         tokens = [self.tokens[number] for number in numbers]
         for number in numbers:
             self.tokens[number] = None
-        return cast(list[bytes], tokens), self.document[record]
+        return cast(list[bytes], tokens), self.document[record], self.label[record]
 
 
 class Reader:
@@ -103,12 +105,12 @@ class Reader:
 
     def read(self, step: int) -> RecordBatch:
         """Returns the records of this process's pairs in a step; to be called for one step after the other."""
-        tokens, document = np.empty(len(self._pairs), object), np.empty(len(self._pairs), np.int32)
+        tokens, document, label = (np.empty(len(self._pairs), dtype) for dtype in (object, np.int32, np.float32))
         for pool, window, which, ranks in self._order.runs(step, self._pairs):
-            tokens[which], document[which] = self._current(pool, window, int(ranks[0])).take(ranks)
+            tokens[which], document[which], label[which] = self._current(pool, window, int(ranks[0])).take(ranks)
             self._held[pool] -= len(ranks)
             self._read_ahead(pool)
-        return self._records.join(tokens.tolist(), document)
+        return self._records.join(tokens.tolist(), document, label)
 
     def _current(self, pool: int, window: Window, rank: int) -> Loading:
         """Returns the window in use of a pool, all of whose chunks are read or on their way; drops the windows before it."""
@@ -135,20 +137,20 @@ class Reader:
         """Calls a function in a thread of the reader."""
         return self._threads.submit(function, *arguments)
 
-    def read_chunk(self, chunk: int, count: int) -> tuple[list[bytes], list[int]]:
-        """Returns the tokens and the documents of the `count` records of a chunk that can be sampled.
+    def read_chunk(self, chunk: int, count: int) -> Chunk:
+        """Returns the `count` records of a chunk that can be sampled.
 
         Raises:
           UserError: there are more or fewer.
         """
-        tokens, document = self._records.read_chunk(chunk)
-        usable = [i for i, record in enumerate(tokens) if len(record) >= self._min_bytes]
+        whole = self._records.read_chunk(chunk)
+        usable = [i for i, record in enumerate(whole.tokens) if len(record) >= self._min_bytes]
         if len(usable) != count:
             raise UserError(
                 f"{self._records.path_of(chunk)}: chunk {chunk} has {len(usable)} records of enough tokens, but the index "
                 f"lists {count}; prepare the data again"
             )
-        return [tokens[i] for i in usable], [document[i] for i in usable]
+        return Chunk._make([column[i] for i in usable] for column in whole)
 
     def close(self) -> None:
         """Stops reading ahead."""

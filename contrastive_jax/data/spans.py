@@ -10,6 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from contrastive_jax.config import UserError
+from contrastive_jax.data.pieces import Units
 
 
 class Sampler(NamedTuple):
@@ -22,7 +23,12 @@ class Sampler(NamedTuple):
       max_record: the tokens of the shortest record that has room for every pair that may be asked for.
       min_span: the tokens of the shortest span that `sample` returns.
       max_span: the tokens of the longest.
-      sample: (length int32[n], uniform float32[n u] in [0, 1)) → (start int32[n v], size int32[n v]), a pure function.
+      sample: (length int32[n], uniform float32[n u] in [0, 1)) → (start int32[n v], size int32[n v]), a pure function. Where
+        `ends` is set, the units of the records come third.
+      keys: what has bounds of its own, `config.data.min_KEY` and `max_KEY`.
+      ends: the units that `sample` cuts between: "sentence", "field" of a pair, or "" for any token.
+      min_units: the units of a record without which it is cut at its middle instead.
+      max_units: the units of the shortest record that has room for every pair that may be asked for.
     """
 
     views: int
@@ -31,7 +37,11 @@ class Sampler(NamedTuple):
     max_record: int
     min_span: int
     max_span: int
-    sample: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+    sample: Callable[..., tuple[np.ndarray, np.ndarray]]
+    keys: tuple[str, ...] = ("span",)
+    ends: str = ""
+    min_units: int = 0
+    max_units: int = 0
 
 
 def uniform_numbers(seed: int, step: int, pairs: int, numbers: int) -> np.ndarray:
@@ -53,46 +63,193 @@ def uniform_numbers(seed: int, step: int, pairs: int, numbers: int) -> np.ndarra
 
 
 def between(uniform: np.ndarray, low: np.ndarray | int, high: np.ndarray | int) -> np.ndarray:
-    """Maps uniform float32[n] in [0, 1) to integers int32[n] in [low, high], each equally likely."""
+    """Maps uniform float32 in [0, 1) to integers in [low, high], each equally likely; the arguments broadcast."""
     width = np.asarray(high - low + 1, np.float32)
     # The product may round up to `width` itself: hence the minimum.
     return np.minimum(low + (uniform * width).astype(np.int32), high)
 
 
-def neighbours(config: ConfigDict) -> Sampler:
-    """Two spans of one record that never overlap, as in CPT-text (Neelakantan et al., arXiv 2201.10005, §2).
+def check_bounds(config: ConfigDict, *keys: str) -> None:
+    """Checks that the minimum of each key is not above its maximum.
 
-    Span lengths are uniform in [min_span, max_span], the gap between the spans is uniform in [min_gap, max_gap], and so is the
-    position of the two in the record. Records that cannot hold two spans of min_span with min_gap between them are left out. In
-    a record too short for the longest spans, the upper bounds shrink to what fits: max_span to (length - min_gap) / 2, then
-    max_gap to what the spans leave.
+    Raises:
+      UserError: one is.
+    """
+    for key in keys:
+        low, high = config[f"min_{key}"], config[f"max_{key}"]
+        if high is not None and low > high:
+            raise UserError(f"config.data.min_{key}={low}: must not be above config.data.max_{key}={high}; lower it")
+
+
+def neighbours(config: ConfigDict) -> Sampler:
+    """`config.views` spans of one record that never overlap, as in CPT-text (Neelakantan et al., arXiv 2201.10005, §2).
+
+    Span lengths are uniform in [min_span, max_span], gaps between spans are uniform in [min_gap, max_gap], and so is the
+    position of them all in the record. Records that cannot hold spans of min_span with min_gap between them are left out. In a
+    record too short for the longest spans, the upper bounds shrink to what fits: max_span to an equal share of what min_gap
+    leaves, then max_gap, from the first gap to the last, to what the spans leave.
 
     Raises:
       UserError: a minimum is above its maximum.
     """
-    min_span, max_span, min_gap, max_gap = config.min_span, config.max_span, config.min_gap, config.max_gap
-    if min_span > max_span:
-        raise UserError(f"config.data.min_span={min_span}: must not be above config.data.max_span={max_span}; lower it")
-    if min_gap > max_gap:
-        raise UserError(f"config.data.min_gap={min_gap}: must not be above config.data.max_gap={max_gap}; lower it")
+    return _in_a_row(config, config.views, ("span", "gap"))
+
+
+def span(config: ConfigDict) -> Sampler:
+    """One span of a record, of a length that is uniform in [min_span, max_span], anywhere in it with equal chance.
+
+    Raises:
+      UserError: min_span is above max_span.
+    """
+    return _in_a_row(config, 1, ("span",))
+
+
+def _in_a_row(config: ConfigDict, views: int, keys: tuple[str, ...]) -> Sampler:
+    """The sampler of `views` spans that follow one another, or in the other order."""
+    check_bounds(config, *keys)
+    min_span, max_span, min_gap, max_gap, gaps = config.min_span, config.max_span, config.min_gap, config.max_gap, views - 1
 
     def sample(length: np.ndarray, uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        longest = np.minimum(max_span, (length - min_gap) // 2)
-        first, second = between(uniform[:, 0], min_span, longest), between(uniform[:, 1], min_span, longest)
-        gap = between(uniform[:, 2], min_gap, np.minimum(max_gap, length - first - second))
-        start = between(uniform[:, 3], 0, length - first - gap - second)
-        starts = np.stack([start, start + first + gap], axis=1)
-        sizes = np.stack([first, second], axis=1)
+        longest = np.minimum(max_span, (length - gaps * min_gap) // views)
+        each_size = [between(uniform[:, i], min_span, longest) for i in range(views)]
+        free = length - sum(each_size) - gaps * min_gap  # the tokens that neither spans nor the shortest gaps take
+        offsets = [np.zeros_like(free)]
+        for i in range(gaps):
+            gap = between(uniform[:, views + i], min_gap, np.minimum(max_gap, min_gap + free))
+            free = free - (gap - min_gap)
+            offsets.append(offsets[i] + each_size[i] + gap)
+        start = between(uniform[:, views + gaps], 0, free)
+        starts, sizes = np.stack([start + offset for offset in offsets], axis=1), np.stack(each_size, axis=1)
         if config.order == "kept":
             return starts, sizes
-        swap = uniform[:, 4:] < 0.5
+        swap = uniform[:, -1:] < 0.5
         return np.where(swap, starts[:, ::-1], starts), np.where(swap, sizes[:, ::-1], sizes)
 
-    shortest, longest = 2 * min_span + min_gap, 2 * max_span + max_gap
-    return Sampler(2, 5, shortest, longest, min_span, max_span, sample)
+    shortest, longest = views * min_span + gaps * min_gap, views * max_span + gaps * max_gap
+    return Sampler(views, 2 * views + 1, shortest, longest, min_span, max_span, sample, keys)
 
 
-SAMPLERS: dict[str, Callable[[ConfigDict], Sampler]] = {"neighbours": neighbours}
+def declutr(config: ConfigDict) -> Sampler:
+    """An anchor and `config.views` - 1 positives around it, as in DeCLUTR (Giorgi et al., arXiv 2006.03659, §3.1).
+
+    The length of the anchor is min_span + Beta(4, 2) · (max_span - min_span), that of a positive the same with Beta(2, 4), and
+    the anchor lies anywhere in the record with equal chance. By `config.strategy`, a positive overlaps or touches the anchor
+    ("default"), lies inside it ("subsuming", no longer than the anchor) or borders on it ("adjacent", on either side that has
+    room). Records of less than twice min_span ("adjacent": three times, less 1) are left out, and in others of less than twice
+    max_span the upper bounds shrink to what fits.
+
+    The k-th smallest of 5 uniform numbers has the distribution Beta(k, 6 - k).
+
+    Raises:
+      UserError: min_span is above max_span.
+    """
+    check_bounds(config, "span")
+    min_span, max_span, strategy = config.min_span, config.max_span, config.strategy
+    views, shortest = config.views, 3 * min_span - 1 if strategy == "adjacent" else 2 * min_span
+
+    def sample(length: np.ndarray, uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        length, numbers = length[:, None], uniform.reshape(len(length), views, 6)
+        ranked, place = np.sort(numbers[:, :, :5], axis=2), numbers[:, :, 5]
+        anchor = between(ranked[:, :1, 3], min_span, np.minimum(max_span, length - (shortest - min_span)))
+        start = between(place[:, :1], 0, length - anchor)
+        end, beta, place = start + anchor, ranked[:, 1:, 1], place[:, 1:]
+        if strategy == "subsuming":
+            size = between(beta, min_span, anchor)
+            first = between(place, start, end - size)
+        elif strategy == "adjacent":
+            size = between(beta, min_span, np.minimum(max_span, np.maximum(start, length - end)))
+            before, after = start >= size, end + size <= length
+            first = np.where(before & (~after | (place < 0.5)), start - size, end)
+        else:
+            size = between(beta, min_span, np.minimum(max_span, length))
+            first = between(place, np.maximum(0, start - size), np.minimum(end, length - size))
+        return np.concatenate([start, first], axis=1), np.concatenate([anchor, size], axis=1)
+
+    return Sampler(views, 6 * views, shortest, 2 * max_span, min_span, max_span, sample)
+
+
+def sentences(config: ConfigDict) -> Sampler:
+    """Two chunks of `config.sentences` sentences of one record, as in CoLE's `PairChooser`.
+
+    Of the sentences that have a partner, the first chunk begins at any with equal chance. The second begins at any with equal
+    chance of those before or after it that leave min_separation to max_separation sentences between the chunks. Where a record
+    has too few sentences for that, a chunk has (sentences - min_separation) // 2 of them; where that is none, the record is cut
+    at its middle. Chunks of more than max_span tokens lose their end. Records of less than twice min_span tokens are left out,
+    and a chunk of short sentences may have fewer than min_span.
+
+    Raises:
+      UserError: a minimum is above its maximum.
+    """
+    check_bounds(config, "span", "separation")
+    low, high, wanted, max_span = config.min_separation, config.max_separation, config.sentences, config.max_span
+
+    def sample(length: np.ndarray, uniform: np.ndarray, units: Units) -> tuple[np.ndarray, np.ndarray]:
+        length, count, first = length[:, None], np.diff(units.first)[:, None], units.first[:-1, None]
+        chunk = np.minimum(wanted, (count - low) // 2)  # the sentences of each chunk
+        halved = chunk < 1
+        chunk, count = np.maximum(chunk, 1), np.maximum(count, 2 + low)  # so that there is a first chunk and a second
+        number = choose_apart(uniform, count - chunk, chunk + low, None if high is None else chunk + high)
+        if config.order == "kept":
+            number.sort(axis=1)
+        unit = np.where(halved, 0, first + number)
+        begin, end = units.start[unit], units.start[unit + chunk]
+        half = length // 2
+        start = np.where(halved, np.where(number > 0, half, 0), begin - units.start[first])
+        size = np.where(halved, np.where(number > 0, length - half, half), end - begin)
+        return start, np.minimum(size, max_span)
+
+    record = 2 * config.min_span
+    return Sampler(2, 2, record, record, 1, max_span, sample, ("span",), "sentence", 2 + low, 2 * wanted + low)
+
+
+def fields(config: ConfigDict) -> Sampler:
+    """The first `config.views` texts of a prepared pair, in their order; of longer ones the first max_span tokens."""
+    views, max_span = config.views, config.max_span
+
+    def sample(length: np.ndarray, uniform: np.ndarray, units: Units) -> tuple[np.ndarray, np.ndarray]:
+        del length, uniform
+        begin, size = cut_fields(units, views, max_span)
+        return begin - begin[:, :1], size
+
+    return Sampler(views, 0, 2 * views, 2 * views, 1, max_span, sample, ("span",), "field")
+
+
+def cut_fields(units: Units, views: int, max_span: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns int64[n v] each, the position of the first fields of pairs among the tokens of all, and their sizes."""
+    number = units.first[:-1, None] + np.arange(views)
+    begin, end = units.start[number], units.start[number + 1]
+    return begin, np.minimum(end - begin - 1, max_span)  # without the id that ends it
+
+
+def choose_apart(uniform: np.ndarray, last: np.ndarray, low: np.ndarray | int, high: np.ndarray | int | None) -> np.ndarray:
+    """Draws two numbers that lie apart.
+
+    Args:
+      uniform: float32[n 2].
+      last: int64[n 1], the greatest number that may be drawn; the least is 0.
+      low: int64[n 1], by how much they differ at least; not above `last`.
+      high: int64[n 1], by how much they differ at most; None: by any number.
+
+    Returns:
+      int64[n 2]: the first is any number that has a partner, with equal chance, the second any of its partners.
+    """
+    # From `low` on there is a partner below, up to last - low one above, and between these there may be numbers without any.
+    lonely = np.maximum(0, 2 * low - last - 1)
+    number = between(uniform[:, :1], 0, last - lonely)
+    number = np.where(number > last - low, number + lonely, number)
+    lowest, highest = (0, last) if high is None else (np.maximum(0, number - high), np.minimum(last, number + high))
+    below, above = np.maximum(0, number - low - lowest + 1), np.maximum(0, highest - number - low + 1)
+    rank = between(uniform[:, 1:], 0, below + above - 1)
+    return np.concatenate([number, np.where(rank < below, lowest + rank, number + low + rank - below)], axis=1)
+
+
+SAMPLERS: dict[str, Callable[[ConfigDict], Sampler]] = {
+    "neighbours": neighbours,
+    "span": span,
+    "declutr": declutr,
+    "sentences": sentences,
+    "fields": fields,
+}
 
 
 def make_sampler(config: ConfigDict) -> Sampler:

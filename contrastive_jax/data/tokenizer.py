@@ -27,19 +27,10 @@ import sentencepiece
 from etils import epath
 
 from contrastive_jax.config import UserError
+from contrastive_jax.data import pieces
+from contrastive_jax.data.pieces import RESERVED_PIECES
 from contrastive_jax.data.tokenizer_json import JsonTokenizer
 
-# The control piece of each reserved name.
-RESERVED_PIECES = {
-    "pad": "<pad>",
-    "bos": "<s>",
-    "eos": "</s>",
-    "mask": "<mask>",
-    "x_open": "<x>",
-    "x_close": "</x>",
-    "y_open": "<y>",
-    "y_close": "</y>",
-}
 # SentencePiece writes a space as U+2581, so a U+2581 in the text must be encoded in another way: as its bytes.
 _SPACE = "▁"
 # Line breaks and tabs, pieces of every model trained here.
@@ -86,6 +77,20 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of token ids. Reserved ids are dropped; bytes that are no whole character become U+FFFD."""
         return self.processor.decode([int(i) for i in ids if i not in self._reserved_set])
+
+    def tables(self) -> pieces.Tables:
+        """Returns where words begin and sentences end, by the ids."""
+        return pieces.make_tables([self._text(index) for index in range(self.vocab_size)])
+
+    def _text(self, index: int) -> str:
+        """Returns the text of a piece, with its spaces; "" for an id that is none, or part of a character."""
+        processor = self.processor
+        if index >= processor.get_piece_size() or processor.is_control(index) or processor.is_unknown(index):
+            return ""
+        piece = processor.id_to_piece(index)
+        if processor.is_byte(index):
+            return bytes([int(piece[1:-1], 16)]).decode(errors="ignore")
+        return piece.replace(_SPACE, " ")
 
 
 def find(folder: epath.Path) -> epath.Path | None:

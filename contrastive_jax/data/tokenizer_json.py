@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 
 import tokenizers
 
+from contrastive_jax.data import pieces
+
 # The names that tokenizers of that ecosystem give to the pieces of each reserved name; the first that exists is taken.
 PIECES = {
     "pad": ("[PAD]", "<pad>"),
@@ -14,6 +16,11 @@ PIECES = {
 }
 # The reserved names of the opening and the closing delimiter of each view.
 DELIMITERS = (("x_open", "x_close"), ("y_open", "y_close"))
+# The letter that stands for each byte in the pieces of a byte-level vocabulary (GPT-2): itself if it is printable, and else one
+# of the letters from U+0100 on.
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+BYTES = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + number): byte for number, byte in enumerate(_OTHERS)}
 
 
 class JsonTokenizer:
@@ -42,8 +49,8 @@ class JsonTokenizer:
         delimiters = self._tokenizer.encode("").ids
         self._tokenizer.encode_special_tokens = True  # the text "[CLS]" is encoded as text
         known_ids: dict[str, int | None] = {}
-        for name, pieces in PIECES.items():
-            ids = [self._tokenizer.token_to_id(piece) for piece in pieces]
+        for name, choices in PIECES.items():
+            ids = [self._tokenizer.token_to_id(piece) for piece in choices]
             known_ids[name] = next((index for index in ids if index is not None), None)
         self.wrapped = len(delimiters) == 2
         for names in DELIMITERS:
@@ -67,3 +74,26 @@ class JsonTokenizer:
         """Returns the text of token ids, as far as the tokenizer preserves it. Reserved ids are dropped."""
         reserved = set(self.reserved.values())
         return self._tokenizer.decode([int(i) for i in ids if i not in reserved], skip_special_tokens=False)
+
+    def tables(self) -> pieces.Tables:
+        """Returns where words begin and sentences end, by the ids.
+
+        WordPiece drops spaces: every piece that continues no word begins one, also the 14 of 3.14.
+        """
+        texts = [""] * self.vocab_size
+        for piece, index in self._tokenizer.get_vocab().items():
+            texts[index] = self._text(piece)
+        for index in self.reserved.values():
+            texts[index] = ""
+        return pieces.make_tables(texts)
+
+    def _text(self, piece: str) -> str:
+        """Returns the text of a piece, with its spaces."""
+        model = self._tokenizer.model
+        if isinstance(model, tokenizers.models.WordPiece):
+            return piece.removeprefix(prefix) if piece.startswith(prefix := model.continuing_subword_prefix) else f" {piece}"
+        if isinstance(model, tokenizers.models.WordLevel):
+            return f" {piece}"
+        if isinstance(self._tokenizer.decoder, tokenizers.decoders.ByteLevel):
+            return bytes(BYTES.get(letter, 0) for letter in piece).decode(errors="ignore")
+        return piece.replace("▁", " ").replace("</w>", " ")

@@ -30,9 +30,10 @@ class Views(NamedTuple):
     span_hash: np.ndarray
 
 
-def delimiter_ids(manifest: dict) -> np.ndarray:
-    """Returns int32[v 2]: the ids of the opening and the closing delimiter of each view."""
-    return np.array([[manifest["reserved"][name] for name in names] for names in DELIMITERS], np.int32)
+def delimiter_ids(manifest: dict, views: int) -> np.ndarray:
+    """Returns int32[v 2]: the ids of the opening and the closing delimiter of each view. View 0 is x, all others are y."""
+    names = [DELIMITERS[min(view, 1)] for view in range(views)]
+    return np.array([[manifest["reserved"][name] for name in of_view] for of_view in names], np.int32)
 
 
 def make_views(
@@ -49,7 +50,7 @@ def make_views(
     Records that lie one after another in one array, with their offsets, need no copy of their own:
 
         start, size = sampler.sample(lengths, uniform)
-        make_views(tokens, offsets[record][:, None] + start, size, config.length, delimiter_ids(manifest))
+        make_views(tokens, offsets[record][:, None] + start, size, config.length, delimiter_ids(manifest, v))
 
     Args:
       tokens: uint16 or int32 [t], the tokens of all records.

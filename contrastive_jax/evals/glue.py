@@ -1,13 +1,14 @@
 """Fine-tuning of the whole encoder on labelled pairs of texts: RTE, MNLI and the like (GLUE, Wang et al., arXiv 1804.07461).
 
 The classifier sees [u, v, |u - v|, u · v] of the two texts' vectors (InferSent, Conneau et al., arXiv 1705.02364; Reimers and
-Gurevych, arXiv 1908.10084): the encoder reads one text at a time, as in pre-training. BERT's figures (Devlin et al.,
-arXiv 1810.04805) are of both texts in one row, and higher.
+Gurevych, arXiv 1908.10084): the encoder reads one text at a time, as in pre-training. Or it sees the vector of one row,
+"[CLS] hypothesis [SEP] premise", each of whose tokens attends to both texts, as in CoLE's protocol of RTE; BERT's figures
+(Devlin et al., arXiv 1810.04805) are of such rows, and higher.
 
 Data: a folder with train.jsonl and validation.jsonl (or dev.jsonl; also _matched and _mismatched), each line an object with two
 texts and a label (`senteval.read_jsonl`), or tfds:glue/rte.
 
-Dimensions: n pairs, b pairs of a batch, l tokens, e embedding, c classes.
+Dimensions: n pairs, b pairs of a batch, f rows of a pair, l tokens, e embedding, c classes.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,24 +28,30 @@ from contrastive_jax.evals.results import Rows
 from contrastive_jax.evals.task import Options, Task, data_folder, hash_files
 from contrastive_jax.inference import batching
 from contrastive_jax.inference.text_model import TextModel
-from contrastive_jax.objectives.pairs import PairIds
+from contrastive_jax.objectives import labels
+from contrastive_jax.objectives.objective import NOTHING, Given, Objective, PairIds
 from contrastive_jax.runtime import sharding
 from contrastive_jax.runtime.progress import Progress
-from contrastive_jax.training import build, optim
-from contrastive_jax.training.memory import NoMemory
+from contrastive_jax.training import build, optim, views
+from contrastive_jax.training.memory import NO_MEMORY
+from contrastive_jax.training.noise import Vocabulary
 from contrastive_jax.training.step import TrainState, make_train_step
 
 LENGTHS = batching.LENGTHS[::4]  # of rows; the step is compiled once per length
 HELD_OUT = ("validation", "dev")
 
-Params = Any  # {"encoder": the model's, "objective": {"kernel": [4e c], "bias": [c]}}
+Params = Any  # {"encoder": the model's, "objective": {"kernel": [4e c], or of joined rows [e c], "bias": [c]}}
 
 
 class Recipe(NamedTuple):
-    """How the model is trained: AdamW, linear warm-up and decay to 0, as BERT is, with a faster head."""
+    """How the model is trained: AdamW, linear warm-up and decay to 0, as BERT is, with a faster head.
+
+    With `joined` both texts of a pair are in one row.
+    """
 
     epochs: int = 3
     seeds: int = 3
+    joined: bool = False
     batch_size: int = 32
     encoder_rate: float = 5e-5
     head_rate: float = 1e-3
@@ -66,10 +73,9 @@ class LabelledPairs(NamedTuple):
 
 
 class TokenPairs(NamedTuple):
-    """The token ids of both texts of n pairs, and their label int32[n], the number of a class."""
+    """The token ids of the f rows of each of n pairs, and their label int32[n], the number of a class."""
 
-    first: list[list[int]]
-    second: list[list[int]]
+    rows: list[tuple[list[int], ...]]
     label: np.ndarray
 
 
@@ -90,7 +96,7 @@ def open_pairs(model: TextModel, data: str, options: Options) -> LabelledPairs:
         raise UserError(f"--data={data}: needs train and validation (or dev), as .jsonl in a folder; there are {[*parts]}")
     if len(set(measures.values())) < len(measures):
         raise UserError(f"--data={data}: {' and '.join(measures)} are two names of one part; leave one")
-    labels = set(parts["train"].labels)
+    known = set(parts["train"].labels)
     for name in ("train", *measures):
         part = parts[name]
         if len(part.second) != len(part.texts) or not part.texts:
@@ -98,17 +104,26 @@ def open_pairs(model: TextModel, data: str, options: Options) -> LabelledPairs:
                 f"--data={data}: {name} has {len(part.texts)} texts and {len(part.second)} partners; "
                 "give two texts in each line"
             )
-        if unknown := set(part.labels) - labels:
+        if unknown := set(part.labels) - known:
             raise UserError(f"--data={data}: {name} has the label {min(unknown)!r}, which train does not have")
     return LabelledPairs(source, parts["train"], {measure: parts[part] for part, measure in measures.items()})
 
 
-def tokenize_pairs(model: TextModel, part: senteval.Labelled, classes: list[str]) -> TokenPairs:
-    """Tokenizes both texts of each pair, as queries."""
-    first, second = (model.tokenize_views(texts, "query") for texts in (part.texts, part.second))
-    for tokenized in (first, second):
-        model.truncation.add(tokenized.truncated)
-    return TokenPairs(first.rows, second.rows, np.array([classes.index(label) for label in part.labels], np.int32))
+def tokenize_pairs(model: TextModel, part: senteval.Labelled, classes: list[str], joined: bool = False) -> TokenPairs:
+    """Tokenizes both texts of each pair, as queries; or `joined`, the second text as a query and behind it the first one.
+
+    The first text, a document, then loses its end where the row would be longer than the model's longest text.
+    """
+    first = model.tokenize_views(part.texts, "document" if joined else "query")
+    second = model.tokenize_views(part.second, "query")
+    rows: list[tuple[list[int], ...]] = [*zip(first.rows, second.rows, strict=True)]
+    truncated = np.array([first.truncated, second.truncated])
+    if joined:
+        whole = [later + earlier for earlier, later in rows]
+        truncated = truncated.any(0) | np.array([len(row) > model.max_tokens for row in whole])
+        rows = [(row[: model.max_tokens],) for row in whole]
+    model.truncation.add(truncated.ravel().tolist())
+    return TokenPairs(rows, np.array([classes.index(label) for label in part.labels], np.int32))
 
 
 def make_batch(pairs: TokenPairs, chosen: np.ndarray, total: int, longest: int) -> Batch:
@@ -117,33 +132,33 @@ def make_batch(pairs: TokenPairs, chosen: np.ndarray, total: int, longest: int) 
     All rows are padded to the first of LENGTHS that holds the longest text, and to `longest` at most. The token of a filler row
     only keeps its mean defined.
     """
-    texts = [row for index in chosen for row in (pairs.first[index], pairs.second[index])]
-    sizes = np.array([len(row) for row in texts] + [1] * (2 * total - len(texts)))
+    fields, texts = len(pairs.rows[0]), [row for index in chosen for row in pairs.rows[index]]
+    sizes = np.array([len(row) for row in texts] + [1] * (fields * total - len(texts)))
     length = min(next(length for length in LENGTHS if length >= sizes.max()), longest)
-    tokens = np.zeros((2 * total, length), np.int32)
+    tokens = np.zeros((fields * total, length), np.int32)
     for row, text in enumerate(texts):
         tokens[row, : len(text)] = text
     label = np.full(total, -1, np.int32)
     label[: len(chosen)] = pairs.label[chosen]
-    shape = (total, 2, 1, length)
+    shape = (total, fields, 1, length)
     segment = (np.arange(length) < sizes[:, None]).astype(np.int32)
-    no_ids = np.zeros((total, 2), np.int32)  # the loss looks at the label alone
+    no_ids = np.zeros((total, fields), np.int32)  # the loss looks at the label alone
     return Batch(tokens.reshape(shape), segment.reshape(shape), no_ids[:, 0], no_ids, label)
 
 
-def logits(head: Params, u: jax.Array, v: jax.Array) -> jax.Array:
-    """Returns [u, v, |u - v|, u · v] · kernel + bias, float32[b c], of unit vectors u and v [b e] scaled to entries near 1."""
-    u, v = (z * np.float32(z.shape[1]) ** 0.5 for z in (u, v))
-    features = jnp.concatenate([u, v, jnp.abs(u - v), u * v], axis=1)
-    return features @ head["kernel"] + head["bias"]
+def logits(head: Params, z: jax.Array) -> jax.Array:
+    """Returns [u, v, |u - v|, u · v] · kernel + bias, float32[b c], of unit vectors z[b 2 e]; of one, u · kernel + bias."""
+    return labels.features(z, product=True) @ head["kernel"] + head["bias"]
 
 
-def classification_loss(z: jax.Array, ids: PairIds, head: Params, keys: None) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns the mean cross-entropy of the pairs of z[b 2 e] that have a label, and no further metrics."""
+def classification_loss(
+    z: jax.Array, ids: PairIds, head: Params, given: Given = NOTHING
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns the mean cross-entropy of the pairs of z[b f e] that have a label, and no further metrics."""
     if ids.label is None:
         raise ValueError("a batch without labels has no classification loss")
     weight = (ids.label >= 0).astype(jnp.float32)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits(head, z[:, 0], z[:, 1]), jnp.maximum(ids.label, 0))
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits(head, z), jnp.maximum(ids.label, 0))
     return (losses * weight).sum() / weight.sum(), {}
 
 
@@ -186,11 +201,16 @@ def make_fine_tuning(model: TextModel, classes: int, recipe: Recipe, steps: int)
     replicated = sharding.replicated(mesh)
     config = default_config()  # one span per row, no micro-batches
     config.data.batch_size = -(-recipe.batch_size // sharding.batch_shards(mesh)) * sharding.batch_shards(mesh)
-    encode = build.make_encode(model.apply, config, mesh)
+    encode = build.make_encode(model.encoder, config, mesh)
+
+    def init_head(rng: jax.Array) -> Params:
+        width = model.dim * (1 if recipe.joined else 4)
+        return {"kernel": 0.02 * jax.random.normal(rng, (width, classes)), "bias": jnp.zeros(classes)}
+
+    objective = Objective(init_head, classification_loss)
 
     def init_params(seed: Any, encoder: Params) -> Params:
-        kernel = 0.02 * jax.random.normal(jax.random.key(seed), (4 * model.dim, classes))
-        return {"encoder": jax.tree.map(jnp.copy, encoder), "objective": {"kernel": kernel, "bias": jnp.zeros(classes)}}
+        return {"encoder": jax.tree.map(jnp.copy, encoder), "objective": objective.init(jax.random.key(seed))}
 
     optimizer = make_optimizer(recipe, steps, jax.eval_shape(init_params, 0, model.params))
 
@@ -200,20 +220,21 @@ def make_fine_tuning(model: TextModel, classes: int, recipe: Recipe, steps: int)
 
     def train_step(state: TrainState, batch: Batch, seed: Any) -> tuple[TrainState, jax.Array]:
         # The seed is traced, so that all seeds share one compiled step.
-        step = make_train_step(encode, classification_loss, lambda head: head, NoMemory(), optimizer, seed)
+        step = make_train_step(views.make_views(config, Vocabulary(0, {})), encode, objective, NO_MEMORY, optimizer, seed)
         state, metrics, _ = step(state, batch)
         return state, metrics["loss"]
 
     def count_correct(params: Params, batch: Batch) -> jax.Array:
         tokens, segment = (x.reshape(-1, x.shape[-1]) for x in (batch.tokens, batch.segment))
-        z = model.apply(params["encoder"], tokens, segment).reshape(-1, 2, model.dim)  # no random key: no dropout
-        predicted = logits(params["objective"], z[:, 0], z[:, 1]).argmax(1)
+        # Without a random key there is no dropout.
+        z = model.apply(params["encoder"], tokens, segment).reshape(len(batch.label), -1, model.dim)
+        predicted = logits(params["objective"], z).argmax(1)
         return (predicted == batch.label).astype(jnp.float32).sum()  # a filler's label, -1, is never predicted
 
     state = jax.eval_shape(init, 0, model.params)
     shardings = jax.tree.map(lambda _: replicated, state.params)
     shardings["encoder"] = sharding.dividing_shardings(model.encoder.axes, state.params["encoder"], mesh)
-    placement = build.state_shardings(state, shardings, optimizer, NoMemory(), mesh)
+    placement = build.state_shardings(state, shardings, optimizer, (), mesh)
     jitted_init = jax.jit(init, out_shardings=placement)
     return FineTuning(
         init=lambda seed: jitted_init(seed, model.params),
@@ -237,7 +258,7 @@ def batches(
 
 def accuracy(tuning: FineTuning, params: Params, pairs: TokenPairs, batch_size: int, longest: int) -> float:
     """Returns the share of pairs whose label is predicted; pairs of like length are scored together, for little padding."""
-    order = np.argsort([len(row) for row in pairs.first], kind="stable")
+    order = np.argsort([len(rows[0]) for rows in pairs.rows], kind="stable")
     counts = [tuning.count_correct(params, batch) for _, batch in batches(tuning, pairs, order, batch_size, longest)]
     return float(sum(counts)) / len(order)
 
@@ -276,8 +297,8 @@ def score_fine_tuned(model: TextModel, data: LabelledPairs, recipe: Recipe) -> R
       after its best epoch; and over the seeds their best, mean and standard deviation.
     """
     classes = sorted(set(data.train.labels))
-    training = tokenize_pairs(model, data.train, classes)
-    held_out = {name: tokenize_pairs(model, part, classes) for name, part in data.held_out.items()}
+    training = tokenize_pairs(model, data.train, classes, recipe.joined)
+    held_out = {name: tokenize_pairs(model, part, classes, recipe.joined) for name, part in data.held_out.items()}
     count = len(training.label)
     tuning = make_fine_tuning(model, len(classes), recipe, steps=recipe.epochs * -(-count // recipe.batch_size))
     majority = np.bincount(training.label).argmax()
@@ -293,8 +314,8 @@ def score_fine_tuned(model: TextModel, data: LabelledPairs, recipe: Recipe) -> R
 
 
 def recipe_of(options: Options) -> Recipe:
-    """Returns the recipe with the user's numbers of epochs and seeds."""
-    return Recipe(epochs=options.epochs, seeds=options.seeds)
+    """Returns the recipe with the user's numbers of epochs and seeds, and rows."""
+    return Recipe(epochs=options.epochs, seeds=options.seeds, joined=options.joined)
 
 
 def score_pairs(model: TextModel, data: LabelledPairs, options: Options) -> Rows:
@@ -304,7 +325,8 @@ def score_pairs(model: TextModel, data: LabelledPairs, options: Options) -> Rows
 
 def protocol_of(model: TextModel, data: LabelledPairs, options: Options) -> dict[str, Any]:
     """Returns the data and how they are learnt."""
-    chosen = {"features": "u, v, |u - v|, u · v", "chosen": "best epoch on the held-out part", "views": "0, 0"}
+    towers, one_row = {"features": "u, v, |u - v|, u · v", "views": "0, 0"}, {"features": "u", "views": "0 and 1 in a row"}
+    chosen = {"chosen": "best epoch on the held-out part"} | (one_row if options.joined else towers)
     return {"data": hash_files(data.source, ("*.jsonl",))} | recipe_of(options)._asdict() | chosen
 
 

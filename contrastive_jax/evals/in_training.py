@@ -1,8 +1,11 @@
-"""Evaluation during training, every `eval_every` steps: the query-key test and the tasks of `config.eval.tasks`."""
+"""Evaluation during training, every `eval_every` steps: the query-key test and the tasks of `config.eval.tasks`.
+
+A run that learns labels is also scored on those of its held-out pairs: labels/validation/accuracy, or /label_correlation.
+"""
 
 import dataclasses
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
@@ -12,9 +15,12 @@ from ml_collections import ConfigDict
 from contrastive_jax.config import UserError
 from contrastive_jax.data import prepared, tokenizer
 from contrastive_jax.evals import query_key
+from contrastive_jax.evals.labels import LabelledPairs
+from contrastive_jax.evals.results import Rows
 from contrastive_jax.evals.task import Options, Task
 from contrastive_jax.inference import forward as forward_lib
 from contrastive_jax.inference import text_model
+from contrastive_jax.objectives import labels
 from contrastive_jax.training.build import Run
 
 Scores = dict[str, float]  # TASK/ROW/MEASURE → fraction: "query_key/mean/top5", "sts-stsb/test/spearman"
@@ -44,7 +50,10 @@ class Evaluator:
             config=config,
         )
         tasks = {"query_key": (query_key.TASK, "")} | parse_tasks(config.eval.tasks)
-        check_keep_best(config, tasks)
+        if prepared.load_manifest(config.data.dir).get("fields") == 1:
+            del tasks["query_key"]  # a single text, which has a class, has no other to be found by
+        self._labels = LabelledPairs(config, run) if labels.learns_labels(config) else None
+        check_keep_best(config, [*tasks, *["labels"] * bool(self._labels)])
         self._tasks = {name: (task, self._open(task, data)) for name, (task, data) in tasks.items()}
 
     def _open(self, task: Task, data: str) -> Any:
@@ -56,13 +65,20 @@ class Evaluator:
                 raise  # of the run's own data: the message names their key
             raise UserError(f"config.eval.tasks={self._config.eval.tasks}: {error}") from error
 
+    def _rows(self, model: text_model.TextModel, params: Any) -> Iterator[tuple[str, Rows]]:
+        """Yields the name and the rows of each task."""
+        for name, (task, data) in self._tasks.items():
+            yield name, task.score(model, data, OPTIONS)
+        if self._labels:
+            yield "labels", {"validation": self._labels.score(params)}
+
     def __call__(self, params: Any, step: int) -> Scores:
         """Scores the parameters at a step; every process must call it."""
         model = dataclasses.replace(self._model, params=params["encoder"], step=step)
         scores: Scores = {}
         with jax.transfer_guard("allow"):  # tasks copy between host and devices as they like: this is not a step
-            for name, (task, data) in self._tasks.items():
-                for row, measures in task.score(model, data, OPTIONS).items():
+            for name, rows in self._rows(model, params):
+                for row, measures in rows.items():
                     scores |= {f"{name}/{row}/{measure}": value for measure, value in measures.items()}
                     shown = "  ".join(f"{measure} {100 * value:.1f}" for measure, value in measures.items())
                     logging.info("step %d  %s %s  %s", step, name, row, shown)

@@ -15,7 +15,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from contrastive_jax.config import UserError, default_config
-from contrastive_jax.data import prepared, tokenizer, views
+from contrastive_jax.data import pieces, prepared, tokenizer, views
 from contrastive_jax.data import spans as spans_lib
 from contrastive_jax.evals.results import Rows
 from contrastive_jax.evals.task import Options, Task, untrained
@@ -63,6 +63,8 @@ class HeldOut(NamedTuple):
 def make_pairs(records: prepared.Records, config: ConfigDict, data: ConfigDict) -> Pairs:
     """Cuts adjacent spans of `config.span` tokens, one pair per record; `config.seed` draws records and positions.
 
+    Of prepared pairs, the first text is the query and the second its key, both without what follows `config.span` tokens.
+
     Args:
       records: a held-out split.
       config: `config.eval`.
@@ -73,19 +75,22 @@ def make_pairs(records: prepared.Records, config: ConfigDict, data: ConfigDict) 
     """
     spans_lib.check_length(data, config.span, "config.eval.span")
     rng = np.random.default_rng(config.seed)
-    lengths = records.lengths()
-    eligible = np.flatnonzero(lengths >= 2 * config.span)
-    if len(eligible) < config.pairs:
-        raise UserError(
-            f"config.eval.pairs={config.pairs}: only {len(eligible)} held-out records have {2 * config.span} tokens; lower it"
-        )
+    lengths, fields = records.lengths(), records.manifest.get("fields", 0)
+    needed = 4 if fields else 2 * config.span  # a text has a token or more, and one that ends it
+    eligible = np.flatnonzero(lengths >= needed)
+    if len(eligible) < config.pairs or fields == 1:
+        found, what = 0 if fields == 1 else len(eligible), "two texts" if fields else f"{needed} tokens"
+        raise UserError(f"config.eval.pairs={config.pairs}: only {found} held-out records have {what}; lower it")
     record = rng.permutation(eligible)[: config.pairs]
-    first = rng.integers(0, lengths[record] - 2 * config.span + 1)
+    first = rng.integers(0, lengths[record] - needed + 1)
     whole = records.read_records(record)
     begin = whole.begin[:, None] + np.stack([first, first + config.span], axis=1)
     size = np.full(begin.shape, config.span)
+    if fields:
+        units = pieces.fields(whole.tokens, whole.begin, records.manifest["reserved"]["eos"])
+        begin, size = spans_lib.cut_fields(units, 2, config.span)
     spans = views.make_views(whole.tokens, begin, size, config.span).tokens[:, :, 0]
-    delimiters = views.delimiter_ids(records.manifest) if data.delimiters else None
+    delimiters = views.delimiter_ids(records.manifest, 2) if data.delimiters else None
     length = config.span + spans_lib.delimiter_count(data)
     tokens, segment, _ = views.make_views(whole.tokens, begin, size, length, delimiters)
     return Pairs(tokens[:, :, 0], segment[:, :, 0] > 0, spans, record)
@@ -99,7 +104,7 @@ def open_held_out(model: TextModel, data: str, options: Options) -> HeldOut:
     """
     config = default_config() if model.config is None else model.config.copy_and_resolve_references()
     if model.config is None and not data:
-        raise UserError(f"--tasks=query_key: {model.name} is no run; give --data=DIR, a prepared dataset")
+        raise UserError(f"--data: {model.name} is no run; give a prepared dataset, --data=DIR")
     directory = data or config.data.dir
     folder = prepared.folders(directory)[0]  # whose tokenizer is that of all
     config.eval.pairs, config.eval.span = options.pairs or config.eval.pairs, options.span or config.eval.span
@@ -159,23 +164,32 @@ def chance_rows(n: int) -> Rows:
     return with_mean(expected, expected)
 
 
-def score_tokens(forward: batching.Forward, pairs: Pairs, batch_size: int) -> Rows:
-    """Scores a model that reads tokens."""
+def embed_tokens(forward: batching.Forward, pairs: Pairs, batch_size: int) -> np.ndarray:
+    """Returns the embeddings float32[n 2 e] by a model that reads tokens."""
     n, v, length = pairs.tokens.shape
     rows = pairs.tokens.reshape(n * v, length), pairs.mask.reshape(n * v, length)
-    z = batching.embed(forward, *rows, batch_size=batch_size).reshape(n, v, -1)
+    return batching.embed(forward, *rows, batch_size=batch_size).reshape(n, v, -1)
+
+
+def embed(model: TextModel, data: HeldOut, options: Options) -> np.ndarray:
+    """Returns the embeddings float32[n 2 e] of queries and keys, from tokens or from text."""
+    if data.as_tokens:
+        return embed_tokens(model.forward, data.pairs, data.batch_size)
+    from contrastive_jax.evals import vectors  # not in training: scikit-learn takes a second to import
+
+    encode = vectors.encode_of(model, options)
+    queries, keys = data.decode()
+    return np.stack([encode(queries, "query"), encode(keys, "document")], axis=1)
+
+
+def score_embeddings(z: np.ndarray) -> Rows:
+    """Scores z[n 2 e]: queries and their keys."""
     return score_similarity(z[:, 0] @ z[:, 1].T)
 
 
 def score_held_out(model: TextModel, data: HeldOut, options: Options) -> Rows:
     """Scores a model on tokens or on text."""
-    if data.as_tokens:
-        return score_tokens(model.forward, data.pairs, data.batch_size)
-    from contrastive_jax.evals import vectors  # not in training: scikit-learn takes a second to import
-
-    encode = vectors.encode_of(model, options)
-    queries, keys = data.decode()
-    return score_similarity(encode(queries, "query") @ encode(keys, "document").T)
+    return score_embeddings(embed(model, data, options))
 
 
 def protocol_of(model: TextModel, data: HeldOut, options: Options) -> dict[str, Any]:

@@ -22,6 +22,7 @@ class Options(NamedTuple):
       span: tokens per span of the query-key test; None: as in the model's run.
       epochs: epochs of a fine-tuning (glue).
       seeds: number of fine-tunings (glue), each with its own seed.
+      joined: whether a fine-tuning has both texts of a pair in one row (glue).
       mteb: names of MTEB's tasks (mteb).
       cache: a file that keeps vectors of texts between evaluations; None: keep none.
     """
@@ -30,6 +31,7 @@ class Options(NamedTuple):
     span: int | None = None
     epochs: int = 3
     seeds: int = 3
+    joined: bool = False
     mteb: Sequence[str] = ("STSBenchmark",)
     cache: pathlib.Path | None = None
 

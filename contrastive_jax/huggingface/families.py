@@ -144,6 +144,7 @@ def starcoder2_entries() -> list[Entry]:
 
 # The activation in config.json → `config.model.mlp`, of an MLP without a gate.
 GELU = {"gelu": "gelu_exact", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"}
+ACTIVATIONS = GELU | {"quick_gelu": "quick_gelu"}
 
 
 def translate(config: dict[str, Any], key: str, choices: dict[Any, Any], default: Any) -> Any:
@@ -166,9 +167,9 @@ def base_values(layers: int, width: int, heads: int, d_ff: int) -> dict[str, Any
     """
     if width % heads:
         raise UserError(f"config.json: a width of {width} does not divide over {heads} heads; is the file damaged?")
-    choices = dict(position="learned", norm="layernorm", bias=True, causal=False, local_window=0, embedding_dim=0)
+    choices = dict(mixer="attention", position="learned", norm="layernorm", bias=True, causal=False, local_window=0)
     counts = dict(num_layers=layers, d_model=width, num_heads=heads, num_kv_heads=heads, head_dim=width // heads, d_ff=d_ff)
-    return choices | counts
+    return choices | counts | dict(embedding_dim=0, pool_tanh="")
 
 
 def bert_values(config: dict[str, Any]) -> dict[str, Any]:
@@ -180,7 +181,7 @@ def bert_values(config: dict[str, Any]) -> dict[str, Any]:
         norm_position="post",
         final_norm=False,
         embedding_norm=True,
-        mlp=translate(config, "hidden_act", GELU, "gelu"),
+        mlp=translate(config, "hidden_act", ACTIVATIONS, "gelu"),
         norm_eps=config.get("layer_norm_eps", 1e-12),
     )
 
@@ -191,7 +192,7 @@ def distilbert_values(config: dict[str, Any]) -> dict[str, Any]:
         norm_position="post",
         final_norm=False,
         embedding_norm=True,
-        mlp=translate(config, "activation", GELU, "gelu"),
+        mlp=translate(config, "activation", ACTIVATIONS, "gelu"),
         norm_eps=1e-12,
     )
 
@@ -206,7 +207,7 @@ def gpt2_values(config: dict[str, Any]) -> dict[str, Any]:
         final_norm=True,
         embedding_norm=False,
         causal=True,
-        mlp=translate(config, "activation_function", GELU, "gelu_new"),
+        mlp=translate(config, "activation_function", ACTIVATIONS, "gelu_new"),
         norm_eps=config.get("layer_norm_epsilon", 1e-5),
     )
 
@@ -248,14 +249,20 @@ def starcoder2_values(config: dict[str, Any]) -> dict[str, Any]:
         embedding_norm=False,
         position="rotary",
         causal=config.get("is_causal", True),
-        mlp=translate(config, "hidden_act", GELU, "gelu_pytorch_tanh"),
+        mlp=translate(config, "hidden_act", ACTIVATIONS, "gelu_pytorch_tanh"),
         norm_eps=config.get("norm_epsilon", 1e-5),
         rope_theta=float(rope.get("rope_theta") or config.get("rope_theta", 10_000.0)),
     )
 
 
 # `config.model.mlp` → the activation in config.json.
-ACTIVATION = {"gelu": "gelu_pytorch_tanh", "gelu_exact": "gelu", "geglu": "gelu_pytorch_tanh", "geglu_exact": "gelu"}
+ACTIVATION = {
+    "gelu": "gelu_pytorch_tanh",
+    "gelu_exact": "gelu",
+    "quick_gelu": "quick_gelu",
+    "geglu": "gelu_pytorch_tanh",
+    "geglu_exact": "gelu",
+}
 
 
 def common_config(model: dict[str, Any]) -> dict[str, Any]:
@@ -347,6 +354,10 @@ def family_of(model: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     Raises:
       UserError: no family matches; the message names, per family, the keys that differ.
     """
+    if model["mixer"] != "attention":
+        raise UserError(f"config.model.mixer={model['mixer']!r}: transformers has no such encoder; use the run's own folder")
+    if model.get("latent"):
+        raise UserError(f"config.model.latent={model['latent']}: transformers has no such encoder; use the run's own folder")
     differences = []
     for name, family in FAMILIES.items():
         if family.to_config is None:  # a family that is only read

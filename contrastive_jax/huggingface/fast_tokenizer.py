@@ -12,7 +12,8 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, process
 
 from contrastive_jax.config import UserError
 from contrastive_jax.data import tokenizer_json
-from contrastive_jax.data.tokenizer import LINE_PIECES, RESERVED_PIECES, Tokenizer
+from contrastive_jax.data.pieces import RESERVED_PIECES
+from contrastive_jax.data.tokenizer import LINE_PIECES, Tokenizer
 from contrastive_jax.data.tokenizer_json import JsonTokenizer
 
 # The reserved ids get names that texts do not contain, since `tokenizers` finds special tokens in a text too.

@@ -19,8 +19,13 @@ from contrastive_jax.files import transfer
 from contrastive_jax.huggingface import weights
 
 # How sentence-transformers names a pooling → `config.model.pooling`: as a switch, and in newer files as a word.
-POOLING = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "eos"}
-POOLING_WORDS = {"mean": "mean", "cls": "cls", "lasttoken": "eos"}
+POOLING = {
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_lasttoken": "eos",
+}
+POOLING_WORDS = {"mean": "mean", "max": "max", "cls": "cls", "lasttoken": "eos"}
 # The files that are read: of the model, and of its modules.
 FILES = ("*.json", "*.safetensors", "*/*.json", "*/*.safetensors")
 # Longest text in tokens of a StaticEmbedding whose tokenizer sets no limit, and of a Transformer whose files state none.
@@ -111,7 +116,7 @@ def read_pooling(path: pathlib.Path) -> str:
 
 
 def read_values(modules: Modules) -> dict[str, Any]:
-    """Reads the values of `config.model` of a folder's encoder, but for embedding_dim, without reading its weights.
+    """Reads the values of `config.model` of a folder's encoder without reading its weights.
 
     Returns:
       The values; max_length is among them where positions are learned.
@@ -119,10 +124,12 @@ def read_values(modules: Modules) -> dict[str, Any]:
     Raises:
       UserError: a file is missing, or the model is one that this encoder cannot be; the message names it.
     """
+    projection = files.read_json(modules.projection / "config.json") if modules.projection else {"out_features": 0}
+    values = {"pooling": modules.pooling, "embedding_dim": projection["out_features"]}
     if modules.is_bag:
-        return weights.bag_values(modules.main) | {"pooling": modules.pooling}
+        return weights.bag_values(modules.main) | values
     config = weights.read_config(modules.main)
-    values = weights.FAMILIES[config["model_type"]].to_values(config) | {"pooling": modules.pooling}
+    values |= weights.FAMILIES[config["model_type"]].to_values(config)
     return values | ({"max_length": weights.position_rows(config)} if values["position"] == "learned" else {})
 
 
@@ -248,6 +255,13 @@ def tokenizer_config(max_tokens: int, pad_token: str, split_special_tokens: bool
 
 
 def pooling_config(pooling: str, width: int) -> dict[str, Any]:
-    """Returns the config.json of sentence-transformers' Pooling of states of this width."""
+    """Returns the config.json of sentence-transformers' Pooling of states of this width.
+
+    Raises:
+      UserError: it has no such pooling.
+    """
+    if pooling not in POOLING.values():
+        names = ", ".join(POOLING.values())
+        raise UserError(f"config.model.pooling={pooling!r} has no form in sentence-transformers, which has {names}")
     modes = {mode: value == pooling for mode, value in POOLING.items()}
     return {"word_embedding_dimension": width, "include_prompt": True} | modes

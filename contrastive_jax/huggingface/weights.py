@@ -32,7 +32,7 @@ BAG_TABLE = "embedding.weight"
 IDENTITY = "torch.nn.modules.linear.Identity"
 # Values of `config.model` of a StaticEmbedding, which is the mean of the embeddings of tokens.
 BAG: dict[str, Any] = dict(
-    num_layers=0, position="none", embedding_norm=False, final_norm=False, embedding_dim=0, pooling="mean"
+    num_layers=0, position="none", embedding_norm=False, final_norm=False, embedding_dim=0, pooling="mean", pool_tanh=""
 )
 
 

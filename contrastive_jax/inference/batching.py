@@ -82,6 +82,7 @@ def embed_ragged(
     max_tokens: int,
     limits: Limits = LIMITS,
     advance: Callable[[int], None] = lambda count: None,
+    min_tokens: int = 0,
 ) -> np.ndarray:
     """Embeds rows of any lengths, those of similar length together, the longest first.
 
@@ -91,12 +92,13 @@ def embed_ragged(
       max_tokens: no row is padded to more, since a model may have no positions beyond.
       limits: the sizes of batches.
       advance: is told after each batch how many more rows are done.
+      min_tokens: no row is padded to less, for an encoder that would pad it anyway.
 
     Returns:
       float32[n e] in the order of the rows; float32[0 1] where there are none.
     """
     sizes = np.array([len(row) for row in rows])
-    lengths = [length for length in LENGTHS if length < max_tokens] + [max_tokens]
+    lengths = [length for length in LENGTHS if min_tokens <= length < max_tokens] + [max_tokens]
     order = np.argsort(-sizes, kind="stable")
     z = np.zeros((0, 1), np.float32)
     done = 0

@@ -29,7 +29,7 @@ from contrastive_jax.inference.forward import Forward, make_forward
 from contrastive_jax.inference.tokenize import VIEWS, AnyTokenizer, FolderTokenize, RunTokenize, Tokenize, TruncationCount
 from contrastive_jax.models import encoder as encoder_lib
 from contrastive_jax.runtime import digest, layout, sharding
-from contrastive_jax.runtime.model_name import ModelName, parse_model_name, read_encoder_params
+from contrastive_jax.runtime.model_name import ModelName, parse_model_name, read_params
 from contrastive_jax.runtime.progress import Progress
 from contrastive_jax.runtime.randomness import step_key
 
@@ -48,7 +48,7 @@ class TextModel:
       config: of the training run; None for a folder.
       step: of the checkpoint; None for an exported or Hugging Face folder.
       truncation: counts the texts that were encoded, and those that were truncated.
-      pooling: "mean", "cls" or "eos".
+      pooling: a value of `config.model.pooling`.
       prompts: how a text's view is marked: the text put before each view, a note on delimiters, or "none".
       max_tokens: the longest text in tokens.
     """
@@ -70,13 +70,13 @@ class TextModel:
 
     @property
     def pooling(self) -> str:
-        """How token states become one vector: "mean", "cls" or "eos"."""
+        """How token states become one vector: a value of `config.model.pooling`."""
         return self.model_config.pooling
 
     @property
     def dim(self) -> int:
         """The size e of the vectors."""
-        return self.model_config.embedding_dim or self.model_config.d_model
+        return encoder_lib.vector_size(self.model_config)
 
     @property
     def max_tokens(self) -> int:
@@ -155,7 +155,8 @@ class TextModel:
         with contextlib.ExitStack() as stack:
             if progress is None:
                 progress = stack.enter_context(Progress(f"encoding {view} texts", len(rows), "texts", quiet_if_short=True))
-            return batching.embed_ragged(self.forward, rows, self.max_tokens, limits, progress.advance)
+            shortest = self.max_tokens if encoder_lib.pads_rows(self.model_config) else 0
+            return batching.embed_ragged(self.forward, rows, self.max_tokens, limits, progress.advance, shortest)
 
     def encode_query(self, texts: Sequence[str]) -> np.ndarray:
         """Encodes n queries to unit vectors float32[n e]."""
@@ -201,7 +202,8 @@ def load_run(name: ModelName, max_tokens: int | None = None) -> TextModel:
     """Loads a checkpoint of a training run; see `load`."""
     workdir = name.folder
     config = load_run_config(workdir)
-    step, params = read_encoder_params(name, functools.partial(shardings_on_all_devices, config.model))
+    step, all_params = read_params(name, functools.partial(shardings_on_all_devices, config.model))
+    params = all_params["encoder"]
     encoder, forward_with = make_encoder_on_all_devices(config.model, params)
     return TextModel(
         name=str(workdir),
@@ -258,13 +260,13 @@ def choose_max_tokens(name: str, wanted: int | None, default: int, positions: in
       name: of the model, for the message.
       wanted: what the user asks for, or None.
       default: what the model says.
-      positions: how many learned positions the model has; None: it takes any length.
+      positions: how many positions the model has; None: it takes any length.
 
     Raises:
       UserError: fewer positions than wanted.
     """
     if wanted is not None and positions is not None and wanted > positions:
-        raise UserError(f"--max_tokens={wanted}: {name} has learned positions for {positions} tokens; lower it")
+        raise UserError(f"--max_tokens={wanted}: {name} has positions for {positions} tokens; lower it")
     return default if wanted is None else wanted
 
 
@@ -280,8 +282,7 @@ def make_run_tokenize(config: ConfigDict, load: Callable[[], AnyTokenizer], max_
       UserError: the model has fewer positions than `max_tokens`.
     """
     model = config.model
-    positions = model.max_length if model.position == "learned" else None
-    limit = choose_max_tokens("the run", max_tokens, model.max_length, positions)
+    limit = choose_max_tokens("the run", max_tokens, model.max_length, encoder_lib.longest_row(model))
     return RunTokenize(load, config.data.delimiters, limit)
 
 

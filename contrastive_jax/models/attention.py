@@ -37,8 +37,24 @@ def make_attend(config: ConfigDict, layout: Layout) -> Attend:
     # The lanes of the TPU hold whole heads.
     fills_lanes = (config.num_kv_heads // layout.tensor_shards * config.head_dim) % LANES == 0
     if kind == "fused" or (kind == "auto" and platform == "tpu" and fills_lanes):
-        return functools.partial(fused, config, layout)
+        return functools.partial(fused_or_plain, config, layout)
     return functools.partial(plain, config)
+
+
+def fused_or_plain(
+    config: ConfigDict, layout: Layout, query: jax.Array, key: jax.Array, value: jax.Array, context: LayerContext
+) -> jax.Array:
+    """The Pallas kernel, or the plain attention for joined rows, whose masks it does not have; arguments as in `plain`.
+
+    Raises:
+      UserError: the rows are joined, and `config.attention` is "fused".
+    """
+    if not context.joined:
+        return fused(config, layout, query, key, value, context)
+    if config.attention == "fused":
+        raise UserError("config.model.attention='fused': it has no masks for config.data.join; choose 'plain' or 'auto'")
+    warn_once("attention is plain, which is slower and stores the scores: the fused one has no masks for config.data.join")
+    return plain(config, query, key, value, context)
 
 
 def plain(config: ConfigDict, query: jax.Array, key: jax.Array, value: jax.Array, context: LayerContext) -> jax.Array:
@@ -64,7 +80,7 @@ def plain(config: ConfigDict, query: jax.Array, key: jax.Array, value: jax.Array
         grouped = query.reshape(n, length, g, h // g, k).transpose(0, 2, 3, 1, 4)
         key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)  # [n s g k] -> [n g s k]
         scores = jnp.einsum("ngrlk,ngsk->ngrls", grouped, key, preferred_element_type=jnp.float32) / k**0.5
-        scores = jnp.where(attention_mask(config.causal, context)[:, None, None], scores, MASKED)
+        scores = jnp.where(attention_mask(config, context)[:, None, None], scores, MASKED)
         weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
         total = weights.sum(-1, keepdims=True)
         weights = dropout(weights.astype(query.dtype), config.attention_dropout, context.noise)
@@ -73,12 +89,24 @@ def plain(config: ConfigDict, query: jax.Array, key: jax.Array, value: jax.Array
         return mixed.astype(query.dtype).transpose(0, 3, 1, 2, 4).reshape(n, length, h, k)
 
 
-def attention_mask(causal: bool, context: LayerContext) -> jax.Array:
-    """Returns which token attends to which, bool[n l s]: the same segment, no later token if causal, none beyond the window."""
+def attention_mask(config: ConfigDict, context: LayerContext) -> jax.Array:
+    """Returns which token attends to which, bool[n l s]: the same segment, no later token if causal, none beyond the window.
+
+    In a joined row with `config.part_mask` "full" all tokens of both parts attend to each other. With "prefix" (UniLM, Dong et
+    al., arXiv 1905.03197, §2.3) the second part is causal and attends to the first, which does not attend to the second; with
+    "bottleneck" it attends to the first token of the first part alone.
+    """
     segment, window = context.segment, context.window
-    mask = segment[:, :, None] == segment[:, None, :]
-    distance = jnp.arange(segment.shape[1])[:, None] - jnp.arange(segment.shape[1])
-    if causal:
+    query, key = segment[:, :, None], segment[:, None, :]
+    mask, place = query == key, jnp.arange(segment.shape[1])
+    distance = place[:, None] - place
+    if context.joined and config.part_mask == "full":
+        mask |= (query > 0) & (key > 0)
+    elif context.joined:
+        first = (place == 0) & (True if context.passes is None else context.passes)
+        seen = (key == 1) & (first | (config.part_mask == "prefix"))
+        mask = jnp.where(query == 2, (mask & (distance >= 0)) | seen, mask)
+    if config.causal:
         mask &= distance >= 0
     if window is not None:
         mask &= jnp.abs(distance) <= window
@@ -149,7 +177,7 @@ def cudnn(
     attend = functools.partial(jax.nn.dot_product_attention, implementation=implementation)
     with jax.named_scope("kernel"):
         if context.span_length is None or context.window is not None:
-            mask = attention_mask(config.causal, context)[:, None]  # [n l s] -> [n 1 l s]
+            mask = attention_mask(config, context)[:, None]  # [n l s] -> [n 1 l s]
             return attend(query, key, value, mask=mask, is_causal=config.causal)  # type: ignore[call-overload]
         if config.causal:  # the padding comes after the span, so that no token of the span looks at it
             return attend(query, key, value, is_causal=True)  # type: ignore[call-overload]

@@ -16,13 +16,30 @@ from ml_collections import ConfigDict
 
 from contrastive_jax.config import UserError
 from contrastive_jax.models.attention import Attend, make_attend
+from contrastive_jax.models.attention_kernel import MASKED
 from contrastive_jax.models.dropout import Noise
-from contrastive_jax.models.transformer import Linear, Transformer
+from contrastive_jax.models.layers import Linear
+from contrastive_jax.models.mixers import FIXED_LENGTH, check_mixer
+from contrastive_jax.models.transformer import Transformer
 from contrastive_jax.runtime.layout import Layout
 
 Params = Any  # nested dict of arrays
 
 ONE_DEVICE = Layout()
+
+
+class Encoding(NamedTuple):
+    """What the encoder makes of rows.
+
+    Attributes:
+      z: unit vectors float32[g·p e].
+      states: the token states [n l d], in `config.dtype`.
+      table: the embedding table float32[vocab d], for heads that predict tokens.
+    """
+
+    z: jax.Array
+    states: jax.Array
+    table: jax.Array
 
 
 class Encoder(NamedTuple):
@@ -34,16 +51,20 @@ class Encoder(NamedTuple):
 
     Attributes:
       init: random key → params, a nested dict of float32 arrays.
-      apply: (params, tokens int32[n l], segment [n l], rng=None, row=None, packing=(1, 1)) → unit vectors float32[g·p e].
+      apply: (params, tokens int32[n l], segment [n l], rng=None, row=None, packing=(1, 1), joined=False) → unit vectors
+        float32[g·p e].
         `segment` is int32: it numbers the spans of a group 1 ... p, and is 0 on padding. Without packing it may be a bool mask,
         and the padding of a row must come last.
         `rng` is a random key for dropout; None: no dropout. `row`, int32[n], is each row's index in the global batch, on which
-        its dropout depends; None: 0 ... n - 1. `packing` is (p, r): every r consecutive rows are a group of p spans.
+        its dropout depends; None: 0 ... n - 1. `packing` is (p, r): every r consecutive rows are a group of p spans. `joined`:
+        segments 1 and 2 of a row are two texts, and the vector is that of the first.
+      encode: takes what `apply` takes → Encoding, for token losses.
       axes: the logical axes of each parameter, a nested dict like params.
     """
 
     init: Callable[[jax.Array], Params]
     apply: Callable[..., jax.Array]
+    encode: Callable[..., Encoding]
     axes: Params
 
 
@@ -65,7 +86,8 @@ class TextEncoder(nnx.Module):
         segment: jax.Array,
         noise: Noise | None = None,
         packing: tuple[int, int] = (1, 1),
-    ) -> jax.Array:
+        joined: bool = False,
+    ) -> Encoding:
         """Encodes the spans of n rows.
 
         Args:
@@ -73,19 +95,27 @@ class TextEncoder(nnx.Module):
           segment: int32[n l], the number of each token's span in its group, 1 ... p; 0 is padding.
           noise: the randomness of dropout. None: no dropout.
           packing: (p, r).
+          joined: the rows have two parts, segments 1 and 2, and the vector is that of the first.
 
         Returns:
-          Unit vectors float32[g·p e], group by group, in each group in the order of the spans' numbers.
+          An Encoding, whose vectors are group by group, in each group in the order of the spans' numbers.
         """
         p, r = packing
-        x = self.transformer(tokens, segment, position_in_span(segment) if p > 1 else None, noise)
+        x, latents = self.transformer(tokens, segment, position_in_span(segment) if p > 1 else None, noise, joined)
+        states = x
         with jax.named_scope("pooling"):
             x = x.reshape(-1, r * x.shape[1], x.shape[2])  # [n l d] -> [g t d]
             mask = segment.reshape(*x.shape[:2], 1) == jnp.arange(1, p + 1)  # [n l] -> [g t p]
-            x = pool(x, mask, self.config.pooling).astype(jnp.float32).reshape(-1, x.shape[2])  # [g p d] -> [g·p d]
+            x = jnp.tanh(x) if self.config.pool_tanh == "before" else x
+            if latents is None:
+                x = pool(x, mask, self.config.pooling).astype(jnp.float32).reshape(-1, x.shape[2])  # [g p d] -> [g·p d]
+            else:
+                x = latents
+            x = jnp.tanh(x) if self.config.pool_tanh == "after" else x
             if self.projection is not None:
                 x = self.projection(x)
-            return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-12))
+            z = x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-12))
+        return Encoding(z, states, self.transformer.table())
 
 
 def position_in_span(segment: jax.Array) -> jax.Array:
@@ -101,12 +131,16 @@ def pool(x: jax.Array, mask: jax.Array, pooling: str) -> jax.Array:
     Args:
       x: [g t d].
       mask: bool[g t p], which tokens belong to which span.
-      pooling: "mean" of the tokens, "cls" (the first token) or "eos" (the last token).
+      pooling: "mean" of the tokens ("first_last": likewise), "max" (in each channel), "cls" (the first token) or "eos" (the
+        last token).
 
     Returns:
-      [g p d]: float32 for "mean", else in the type of x. A span without tokens has mean 0.
+      [g p d]: float32 for means, else in the type of x. A span without tokens has mean and maximum 0.
     """
-    if pooling == "mean":
+    if pooling == "max":
+        of_span = [jnp.where(mask[:, :, i : i + 1], x, MASKED).max(1) for i in range(mask.shape[2])]
+        return jnp.where(mask.any(1)[:, :, None], jnp.stack(of_span, axis=1), 0)
+    if pooling in ("mean", "first_last"):
         if mask.shape[2] == 1:  # faster than the product: the gradient of a sum is a broadcast, that of a product a transpose
             total = jnp.where(mask, x, 0).sum(1, keepdims=True, dtype=jnp.float32)
         else:
@@ -115,6 +149,21 @@ def pool(x: jax.Array, mask: jax.Array, pooling: str) -> jax.Array:
     token = jnp.arange(x.shape[1])[:, None]
     index = jnp.where(mask, token, x.shape[1] - 1).min(1) if pooling == "cls" else jnp.where(mask, token, 0).max(1)  # [g p]
     return jnp.take_along_axis(x, index[:, :, None], axis=1)
+
+
+def vector_size(config: ConfigDict) -> int:
+    """Returns e, the size of the vectors of an encoder with this `config.model`."""
+    return config.embedding_dim or config.latent * config.latent_layers or config.d_model
+
+
+def pads_rows(config: ConfigDict) -> bool:
+    """Returns whether an encoder with this `config.model` pads all rows to `config.max_length` tokens."""
+    return config.num_layers > 0 and config.mixer in FIXED_LENGTH
+
+
+def longest_row(config: ConfigDict) -> int | None:
+    """Returns how many tokens of a row an encoder with this `config.model` has positions for; None: any number."""
+    return config.max_length if config.position == "learned" or pads_rows(config) else None
 
 
 def check_model(config: ConfigDict) -> None:
@@ -129,6 +178,12 @@ def check_model(config: ConfigDict) -> None:
         )
     if config.position == "rotary" and config.head_dim % 2:
         raise UserError(f"config.model.head_dim={config.head_dim} must be even because config.model.position='rotary'")
+    check_mixer(config)
+    if config.latent and (config.latent_layers > config.num_layers or config.embedding_dim or config.mixer != "attention"):
+        raise UserError(
+            f"config.model.latent={config.latent}: needs config.model.latent_layers={config.latent_layers} or more layers of "
+            "attention, and config.model.embedding_dim=0"
+        )
 
 
 def make_encoder(config: ConfigDict, vocab_size: int, layout: Layout = ONE_DEVICE) -> Encoder:
@@ -153,17 +208,21 @@ def make_encoder(config: ConfigDict, vocab_size: int, layout: Layout = ONE_DEVIC
 
     graphdef, abstract_state = nnx.split(nnx.eval_shape(lambda: make_module(nnx.Rngs(0))), nnx.Param)
 
-    def apply(
+    def encode(
         params: Params,
         tokens: jax.Array,
         segment: jax.Array,
         rng: jax.Array | None = None,
         row: jax.Array | None = None,
         packing: tuple[int, int] = (1, 1),
-    ) -> jax.Array:
+        joined: bool = False,
+    ) -> Encoding:
         row = jnp.arange(len(tokens), dtype=jnp.int32) if row is None else row
         noise = None if rng is None else Noise(rng, row)
-        return nnx.merge(graphdef, params)(tokens, segment.astype(jnp.int32), noise, packing)
+        return nnx.merge(graphdef, params)(tokens, segment.astype(jnp.int32), noise, packing, joined)
+
+    def apply(*inputs: Any, **more: Any) -> jax.Array:
+        return encode(*inputs, **more).z
 
     def axes_of(variable: nnx.Variable) -> tuple[str | None, ...]:
         names = variable.get_metadata()["axes"]
@@ -171,4 +230,4 @@ def make_encoder(config: ConfigDict, vocab_size: int, layout: Layout = ONE_DEVIC
 
     variables = nnx.to_flat_state(abstract_state)
     axes = nnx.to_pure_dict(nnx.from_flat_state([(path, axes_of(variable)) for path, variable in variables]))
-    return Encoder(init, apply, axes)
+    return Encoder(init, apply, encode, axes)

@@ -6,6 +6,7 @@ Dimensions: n rows, l tokens per row.
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from contrastive_jax.models.dropout import Noise
 
@@ -13,7 +14,7 @@ from contrastive_jax.models.dropout import Noise
 class LayerContext(NamedTuple):
     """What a layer knows about its rows besides the activations.
 
-    `segment`, `position`, `span_length` and `noise.row` are the same in all layers, the rest differs from layer to layer.
+    `segment`, `position`, `span_length`, `joined` and `noise.row` are the same in all layers, the rest differs between them.
 
     Attributes:
       segment: int32[n l], the number of each token's span, from 1; 0 is padding. Tokens attend within their segment.
@@ -25,6 +26,9 @@ class LayerContext(NamedTuple):
         None: no layer skips it.
       theta: the base of this layer's rotary positions.
       noise: the randomness of this layer's dropout. None: no dropout.
+      joined: whether segments 1 and 2 of a row are two texts that see of each other what `config.model.part_mask` says.
+      passes: bool[], whether the first token passes from the first text to the second with `config.part_mask` "bottleneck".
+        None: it does in all layers.
     """
 
     segment: jax.Array
@@ -34,3 +38,9 @@ class LayerContext(NamedTuple):
     input_is_normed: jax.Array | None = None
     theta: jax.Array | float = 0.0
     noise: Noise | None = None
+    joined: bool = False
+    passes: jax.Array | None = None
+
+    def zero_padding(self, x: jax.Array) -> jax.Array:
+        """Returns x[n l d] with zeros on padding."""
+        return jnp.where(self.segment[:, :, None] > 0, x, 0)

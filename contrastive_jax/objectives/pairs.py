@@ -1,4 +1,4 @@
-"""The objective: from the embeddings of a batch to a loss over pairs, with its trainable temperature and its metrics.
+"""The objective of the pair losses, with its trainable temperature and its metrics.
 
 Dimensions: b pairs, v views (anchor, positives, hard negatives), p positives of an anchor, k keys of a pair, e embedding.
 """
@@ -13,50 +13,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from contrastive_jax.config import UserError
-from contrastive_jax.objectives import negatives
+from contrastive_jax.objectives import negatives, pairing
 from contrastive_jax.objectives.dense import normalize
-from contrastive_jax.objectives.losses import LOSSES, PairLoss, dcl, smooth
-from contrastive_jax.objectives.tiles import MaskIds, NegativeSums, Sweep
-
-Params = Any  # nested dict of arrays
-Metrics = dict[str, jax.Array]
-
-
-class PairIds(NamedTuple):
-    """What a loss knows of a batch besides its embeddings.
-
-    Attributes:
-      document: int32[b], the number of each pair's document.
-      span_hash: int32[b v], a hash of each span; equal spans have equal hashes.
-      label: int32[b], the class of each pair, or None; pair losses do not use it.
-    """
-
-    document: jax.Array
-    span_hash: jax.Array
-    label: jax.Array | None = None
-
-
-class Keys(NamedTuple):
-    """What anchors are scored against: z float32[b k e], and their ids with [b k]."""
-
-    z: jax.Array
-    ids: MaskIds
-
-
-class Objective(NamedTuple):
-    """A loss with trainable parameters of its own.
-
-    Attributes:
-      init: rng → params, a dict of float32 arrays (the optimiser trains them beside the encoder's).
-      loss: (z float32[b v e], PairIds, params, Keys or None) → (loss, metrics), means over the global batch. Without `Keys` the
-        other pairs' positives and hard negatives are the negatives.
-      project: params → params, applied after each optimiser step to keep them in their range. Clamping the parameter rather
-        than its use keeps the gradient alive at the boundary (as CLIP does, arXiv 2103.00020 §2.5).
-    """
-
-    init: Callable[[jax.Array], Params]
-    loss: Callable[..., tuple[jax.Array, Metrics]]
-    project: Callable[[Params], Params]
+from contrastive_jax.objectives.losses import LOSSES, PairLoss, dcl, information, moving_average, pool, smooth
+from contrastive_jax.objectives.objective import NOTHING, Given, Keys, Metrics, Objective, PairIds, Params
+from contrastive_jax.objectives.tiles import EXP, MASKED, MaskIds, NegativeSums, Sweep
 
 
 def check_objective(config: ConfigDict, views: int, dim: int) -> None:
@@ -72,8 +33,8 @@ def check_objective(config: ConfigDict, views: int, dim: int) -> None:
         raise UserError(f"config.objective.label_smoothing={config.label_smoothing}: must be 0 for any loss but infonce")
     if any(not 1 <= size <= dim or weight <= 0 for size, weight in config.matryoshka):
         raise UserError(f"config.objective.matryoshka={config.matryoshka}: (size, weight) with 1 <= size <= {dim}, weight > 0")
-    if config.queue and (config.symmetric or views != 2):
-        raise UserError("config.objective.queue: needs config.objective.symmetric=False and pairs of two views")
+    if config.matryoshka and LOSSES[config.name].average:
+        raise UserError(f"config.objective.matryoshka: config.objective.name={config.name!r} has one moving average; take 'dv'")
 
 
 def first_occurrence(span_hash: jax.Array) -> jax.Array:
@@ -84,16 +45,25 @@ def first_occurrence(span_hash: jax.Array) -> jax.Array:
 
 
 class BatchMask:
-    """Decides who is whose negative in a batch: the ids of its anchors and of its own keys, by `config.objective`."""
+    """Decides who is whose negative in a batch: the ids of its anchors and of its own keys, by `config.objective`.
 
-    def __init__(self, config: ConfigDict, ids: PairIds, hard_negatives: int = 0):
+    Args:
+      config: `config.objective`.
+      ids: of the batch.
+      positives: p, the positives of an anchor.
+      repeats: how many anchors a pair has, each with p positives; their rows follow one another.
+    """
+
+    def __init__(self, config: ConfigDict, ids: PairIds, positives: int, repeats: int = 1):
         b, views = ids.span_hash.shape
-        self._margin, self._hard = config.mask_margin, hard_negatives
-        self.positives = views - 1 - hard_negatives
-        self.valid = first_occurrence(ids.span_hash) if config.mask_duplicates else jnp.ones(b, bool)
-        self._row = jnp.arange(b, dtype=jnp.int32)
-        self._document = ids.document if config.mask_same_document else None
-        self._span_hash = ids.span_hash if config.mask_duplicates else None
+        self._margin, spans = config.mask_margin, jnp.repeat(ids.span_hash, repeats, axis=0)
+        self.positives, self.repeats = positives, repeats
+        valid = first_occurrence(ids.span_hash) if config.mask_duplicates else jnp.ones(b, bool)
+        self.valid = jnp.repeat(valid, repeats)
+        self._row = jnp.repeat(jnp.arange(b, dtype=jnp.int32), repeats)
+        self._document = jnp.repeat(ids.document, repeats) if config.mask_same_document else None
+        of_pair, self._hard = jnp.split(spans, [views - config.hard_negatives], axis=1)
+        self._span_hash = of_pair if config.mask_duplicates else None  # of the anchor and all its positives
 
     def _limit(self, similarity: jax.Array) -> jax.Array | None:
         """The similarity above which a pair is not a negative, or None; `similarity` is a positive's."""
@@ -101,28 +71,24 @@ class BatchMask:
 
     def anchors(self, similarity: jax.Array) -> MaskIds:
         """Returns the ids of the anchors, from their similarity float32[b p] to their positives."""
-        span_hash = None if self._span_hash is None else self._span_hash[:, : 1 + self.positives]
-        return MaskIds(self._row, self.valid, self._document, span_hash, self._limit(similarity.max(1)))
+        return MaskIds(self._row, self.valid, self._document, self._span_hash, self._limit(similarity.max(1)))
 
     def keys(self, similarity: jax.Array) -> MaskIds:
-        """Returns the ids [b p + hard] of the positives, which have the hash of their anchor too, and of the hard negatives."""
-        p, hard = self.positives, self._hard
+        """Returns the ids [b p + hard] of the positives, which have the hashes of their pair, and of the hard negatives."""
+        p, hard = self.positives, self._hard.shape[1]
 
         def widen(of_pair: jax.Array, of_hard: Any) -> jax.Array:
-            """[b] → [b p + hard]: the pair's value for its positives, `of_hard` for its hard negatives."""
-            rest = jnp.full((len(of_pair), hard), of_hard, of_pair.dtype)
-            return jnp.concatenate([jnp.broadcast_to(of_pair[:, None], (len(of_pair), p)), rest], axis=1)
+            """[b ...] → [b p + hard ...]: the pair's value for its positives, `of_hard` for its hard negatives."""
+            value = jnp.broadcast_to(of_pair[:, None], (len(of_pair), p, *of_pair.shape[1:]))
+            rest = jnp.broadcast_to(jnp.asarray(of_hard, of_pair.dtype), (len(of_pair), hard, *of_pair.shape[1:]))
+            return jnp.concatenate([value, rest], axis=1)
 
-        span_hash = self._span_hash
-        if span_hash is not None:
-            anchor = jnp.broadcast_to(span_hash[:, :1], (len(span_hash), p))
-            second = jnp.concatenate([anchor, span_hash[:, 1 + p :]], axis=1)
-            span_hash = jnp.stack([span_hash[:, 1:], second], axis=2)
         limit = self._limit(similarity)
         if limit is not None:
             limit = jnp.pad(limit, ((0, 0), (0, hard)), constant_values=jnp.inf)
         valid = jnp.broadcast_to(self.valid[:, None], (len(self.valid), p + hard))
         document = None if self._document is None else widen(self._document, -1)
+        span_hash = None if self._span_hash is None else widen(self._span_hash, self._hard[..., None])
         return MaskIds(widen(self._row, -1), valid, document, span_hash, limit)
 
 
@@ -174,101 +140,116 @@ class Scorer(NamedTuple):
             directions.append(jax.tree.map(lambda x: x.reshape(len(z), -1)[:, :p], columns))
         weight = mask.valid[:, None] / (mask.valid.sum() * p)
         logits = similarity * affine[0] + affine[1]
-        return Scores(similarity, logits, directions, weight, flat.ids.valid.sum() / self.key_shards - p)
+        possible = flat.ids.valid.sum() / self.key_shards - p * mask.repeats
+        return Scores(similarity, logits, directions, weight, possible)
 
 
 def batch_metrics(z: jax.Array, mask: BatchMask, scores: Scores) -> Metrics:
     """Measures what one wants to see of a batch; no gradient flows through it."""
-    b, p = scores.similarity.shape
-    anchor, positive = z[:, 0], z[:, 1 : 1 + p]
+    (b, p), repeats = scores.similarity.shape, mask.repeats
+    anchor, positive = (x.reshape(b // repeats, -1, z.shape[-1]).sum(1) for x in (z[:, 0], z[:, 1 : 1 + p]))
     masked = 1 - (scores.directions[0].number * scores.weight * p).sum() / jnp.maximum(scores.possible, 1)
     metrics = {
         "in_batch_top1": scores.mean(lambda sums: scores.logits >= sums.largest),
         "positive_similarity": (scores.similarity * scores.weight).sum(),
-        # Σ_ij x_i·y_j = (Σ x)·(Σ y): the mean over all pairs but the positives, masked or not.
-        "negative_similarity": (anchor.sum(0) @ positive.sum((0, 1)) - scores.similarity.sum())
-        / max(float(b * (b - 1) * p), 1.0),
+        # Σ_ij x_i·y_j = (Σ x)·(Σ y): the mean over all pairs but those of one row of the batch, masked or not.
+        "negative_similarity": (anchor.sum(0) @ positive.sum(0) - (anchor * positive).sum())
+        / max(float(b * (b - repeats) * p), 1.0),
         "dropped_share": 1 - mask.valid.mean(),
         "masked_share": masked,
     }
     return jax.lax.stop_gradient(metrics)
 
 
-def loss_of_scores(config: ConfigDict, kind: PairLoss, scores: Scores) -> tuple[jax.Array, Metrics]:
+def loss_of_scores(config: ConfigDict, kind: PairLoss, scores: Scores, params: Params) -> tuple[jax.Array, Metrics]:
     """Returns the loss of a scored batch, and the metrics that belong to its kind."""
     metrics = {}
     if config.name == "flatnce":  # the loss is always 1: this is what falls
-        metrics["log_ratio"] = jax.lax.stop_gradient(scores.mean(lambda sums: dcl(scores.logits, sums)))
+        metrics["log_ratio"] = scores.mean(lambda sums: dcl(scores.logits, sums))
+    if kind.term is EXP:
+        metrics["mutual_information"] = scores.mean(lambda sums: information(scores.logits, sums))
 
     def finish(sums: NegativeSums) -> jax.Array:
+        sums = pool(kind.term, sums) if kind.pooled else sums
+        if kind.average:
+            sums, metrics["log_average"] = moving_average(sums, params["log_average"], config.average_decay)
         return smooth(kind.finish(scores.logits, sums), scores.logits, sums, config.label_smoothing)
 
-    return scores.mean(finish), metrics
+    value = scores.mean(finish)
+    return value, jax.lax.stop_gradient(metrics)
 
 
 def loss_of_prefix(
-    config: ConfigDict, scorer: Scorer, size: int, z: jax.Array, mask: BatchMask, affine: jax.Array, keys: Keys | None
+    config: ConfigDict, scorer: Scorer, size: int, z: jax.Array, mask: BatchMask, params: Params, keys: Keys | None
 ) -> tuple[jax.Array, Metrics]:
     """Returns loss and metrics of the first `size` coordinates of z float32[b v e], at unit length again (Matryoshka)."""
     if size < z.shape[-1]:
         z = normalize(z[..., :size])
         keys = keys._replace(z=normalize(keys.z[..., :size])) if keys else None
+    affine = jnp.stack([jnp.exp(-params["log_temperature"]), params.get("bias", jnp.float32(0))])
     scores = scorer(z, mask, affine, keys)
-    value, metrics = loss_of_scores(config, LOSSES[config.name], scores)
+    value, metrics = loss_of_scores(config, LOSSES[config.name], scores, params)
     return value, batch_metrics(z, mask, scores) | metrics
 
 
-def make_objective(
-    config: ConfigDict, views: int, dim: int, mesh: Mesh | None = None, axes: tuple[str, ...] = (), hard_negatives: int = 0
-) -> Objective:
+def loss_of_sizes(
+    config: ConfigDict, scorer: Scorer, z: jax.Array, mask: BatchMask, params: Params, keys: Keys | None
+) -> tuple[jax.Array, Metrics]:
+    """Returns the weighted mean of the losses of all prefixes of z float32[b v e] (Matryoshka), and their metrics."""
+    prefixes = tuple(config.matryoshka) or ((z.shape[-1], 1.0),)
+    by_size = {size: loss_of_prefix(config, scorer, size, z, mask, params, keys) for size, _ in prefixes}
+    total = jnp.float32(0)
+    for size, weight in prefixes:
+        total += weight * by_size[size][0]
+    metrics = dict(by_size[max(by_size)][1])
+    if len(by_size) > 1:
+        for size, (value, of_prefix) in by_size.items():
+            metrics |= {f"loss_{size}": value, f"in_batch_top1_{size}": of_prefix["in_batch_top1"]}
+    return total / sum(weight for _, weight in prefixes), metrics
+
+
+def make_objective(config: ConfigDict, views: int, dim: int, mesh: Mesh | None = None, axes: tuple[str, ...] = ()) -> Objective:
     """Builds the objective of `config.objective`.
 
     Args:
       config: `config.objective`.
-      views: v, the spans of a pair.
+      views: v, the spans of a pair; z has these and then `config.locals` token states.
       dim: e, the width of an embedding.
       mesh: the mesh; None: one device.
       axes: the mesh axes over which the batch is spread.
-      hard_negatives: how many of the last views are hard negatives; the others after the anchor are its positives.
 
     Raises:
       UserError: two config keys do not go together; the message names them.
-      ValueError: fewer than two views are left for anchor and positive.
     """
     check_objective(config, views, dim)
-    if not 0 <= hard_negatives <= views - 2:
-        raise ValueError(f"hard_negatives={hard_negatives}: of {views} views two are anchor and positive")
+    pairing.check_pairing(config, views)
     kind = LOSSES[config.name]
-    columns, linear = config.symmetric and kind.directions == 2, config.label_smoothing > 0
-    sweep = Sweep(kind.term, columns, linear, config.dtype, config.block, config.where)
+    columns = config.symmetric and kind.directions == 2 and config.pairing != "both"
+    sweep = Sweep(kind.term, columns, config.label_smoothing > 0, config.dtype, config.block, config.where)
     local = mesh is not None and config.where == "local"
     key_shards = math.prod(mesh.shape[axis] for axis in axes) if mesh is not None and local else 1
     scorer = Scorer(config.dtype, negatives.on_mesh(sweep, mesh, axes), key_shards)
     low, start, high = (math.log(config[key]) for key in ("temperature_min", "temperature", "temperature_max"))
 
     def init(rng: jax.Array) -> Params:
-        del rng
-        bias = {"bias": jnp.float32(config.bias)} if config.name == "siglip" else {}
-        return {"log_temperature": jnp.float32(start)} | bias
+        bias = {"bias": jnp.float32(config.bias)} if kind.bias else {}
+        average = {"log_average": jnp.float32(MASKED)} if kind.average else {}
+        context = {"context": pairing.init_context(config, views, dim, rng)} if config.context else {}
+        return {"log_temperature": jnp.float32(start)} | bias | average | context
 
-    def loss(z: jax.Array, ids: PairIds, params: Params, keys: Keys | None = None) -> tuple[jax.Array, Metrics]:
-        log_temperature = params["log_temperature"]
+    def loss(z: jax.Array, ids: PairIds, params: Params, given: Given = NOTHING) -> tuple[jax.Array, Metrics]:
         if not config.temperature_trainable:
-            log_temperature = jax.lax.stop_gradient(log_temperature)
-        affine = jnp.stack([jnp.exp(-log_temperature), params.get("bias", jnp.float32(0))])
-        mask, prefixes = BatchMask(config, ids, hard_negatives), tuple(config.matryoshka) or ((dim, 1.0),)
-        by_size = {size: loss_of_prefix(config, scorer, size, z, mask, affine, keys) for size, _ in prefixes}
-        total = jnp.float32(0)
-        for size, weight in prefixes:
-            total += weight * by_size[size][0]
-        metrics = dict(by_size[max(by_size)][1])
-        if len(by_size) > 1:
-            for size, (value, of_prefix) in by_size.items():
-                metrics |= {f"loss_{size}": value, f"in_batch_top1_{size}": of_prefix["in_batch_top1"]}
-        metrics |= {"temperature": jnp.exp(log_temperature)} | {name: params[name] for name in ("bias",) if name in params}
-        return total / sum(weight for _, weight in prefixes), metrics
+            params = params | {"log_temperature": jax.lax.stop_gradient(params["log_temperature"])}
+        problems, repeats = pairing.arrange(config, z, params)
+        mask = BatchMask(config, ids, problems[0].shape[1] - 1 - config.hard_negatives, repeats)
+        losses = [loss_of_sizes(config, scorer, problem, mask, params, given.keys) for problem in problems]
+        metrics = jax.tree.map(lambda *values: jnp.stack(values).mean(0), *(of_problem for _, of_problem in losses))
+        metrics["temperature"] = jnp.exp(params["log_temperature"])
+        metrics |= {name: params[name] for name in ("bias",) if name in params}
+        return jnp.stack([value for value, _ in losses]).sum(), metrics
 
-    def project(params: Params) -> Params:
-        return params | {"log_temperature": jnp.clip(params["log_temperature"], low, high)}
+    def project(params: Params, metrics: Metrics) -> Params:
+        average = {name: metrics[name] for name in ("log_average",) if name in params}
+        return params | {"log_temperature": jnp.clip(params["log_temperature"], low, high)} | average
 
     return Objective(init, loss, project)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from contrastive_jax.objectives.pairs import Keys, PairIds
+from contrastive_jax.objectives.objective import Keys, PairIds
 from contrastive_jax.objectives.tiles import MaskIds
 
 

@@ -19,9 +19,11 @@ from typing import Any
 
 import numpy as np
 
+from contrastive_jax.objectives.losses import LOSSES
 from contrastive_jax.planning import program as program_lib
 from contrastive_jax.planning.hardware import Target
 from contrastive_jax.planning.program import Collective, Instruction, Program
+from contrastive_jax.training.views import views_with_targets
 
 # Names of custom calls in TPU programs that only mark something and take no time.
 MARKERS = ("AsyncCollective", "ConcatBitcast", "AllocateBuffer", "Sharding", "AssumeGather", "SliceId")
@@ -259,8 +261,8 @@ def bandwidth(collective: Collective, target: Target, mesh: Any) -> float:
 def model_flops(config: Any, params: Any, views: int) -> tuple[float, str]:
     """Returns the FLOPs that a step needs without recomputation, and the formula as text (PaLM: Chowdhery et al. 2022, app. B).
 
-    Attention is counted over the length of a training row, data.length; model.max_length, which may be longer, costs parameters
-    but no FLOPs.
+    Attention is counted over the length of a training row, data.length (twice that with data.join); model.max_length, which may
+    be longer, costs parameters but no FLOPs. Of other mixers only the kernels are counted, of losses only scores and logits.
 
     Args:
       config: the recipe.
@@ -270,15 +272,37 @@ def model_flops(config: Any, params: Any, views: int) -> tuple[float, str]:
     model, data = config.model, config.data
     blocks = params["transformer"].get("blocks", {})
     weights = sum(math.prod(leaf.shape) for leaf in leaves_named(blocks, "kernel"))
-    tokens = data.batch_size // data.pack_pairs * data.pack_rows * views * data.length
-    attention = 12 * model.num_layers * model.num_heads * model.head_dim * data.length
+    length, rows = data.length * (2 if data.join else 1), 1 if data.join == "next" else views
+    tokens = data.batch_size // data.pack_pairs * data.pack_rows * rows * length
+    attention = 12 * model.num_layers * model.num_heads * model.head_dim * length * (model.mixer == "attention")
     width = model.embedding_dim or model.d_model
-    pairs = 6.0 * data.batch_size**2 * width
-    total = tokens * (6.0 * weights + attention) + pairs
-    return total, (
-        f"tokens × (6 × {weights:,} weights in matrix products + 12 × layers × heads × head_dim × length = {attention:,}) "
-        f"+ 6 × batch² × {width} for the scores, tokens = {tokens:,}"
-    )
+    total = tokens * (6.0 * weights + attention)
+    formula = f"tokens × (6 × {weights:,} weights in matrix products + 12 × layers × heads × head_dim × length = {attention:,})"
+    if scores := score_matrices(config, views):
+        total += 6.0 * scores * data.batch_size**2 * width
+        formula += f" + 6 × {scores} × batch² × {width} for the scores"
+    if config.tokens.name not in ("", "replaced") and config.tokens.weight:
+        places, table = min(config.tokens.positions or length, length), math.prod(params["transformer"]["embedding"].shape)
+        predicted = tokens // (rows * length) * len(views_with_targets(config, rows)) * places
+        total += 6.0 * predicted * table
+        formula += f" + 6 × {predicted:,} predicted tokens × {table:,}"
+    return total, f"{formula}, tokens = {tokens:,}"
+
+
+def score_matrices(config: Any, views: int) -> int:
+    """Returns how many batch × batch matrices of scores a step needs, for v views; 0 for a loss without negatives."""
+    objective = config.objective
+    if not objective.weight or objective.name not in LOSSES:
+        return 0
+    if objective.locals:
+        return objective.locals
+    if config.memory.kind == "queue":
+        return config.memory.queue
+    if objective.pairing == "both":  # both views of all pairs see both views
+        return 4
+    if objective.pairing == "all":
+        return math.comb(views, 2)
+    return 1 + objective.hard_negatives if objective.positives == "mean" else views - 1
 
 
 def leaves_named(tree: dict[str, Any], name: str) -> list[Any]:

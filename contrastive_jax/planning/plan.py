@@ -22,7 +22,7 @@ from contrastive_jax.inference import batching, forward
 from contrastive_jax.planning import estimate, hardware, program
 from contrastive_jax.runtime import layout, sharding
 from contrastive_jax.training import build as build_lib
-from contrastive_jax.training import warm_start
+from contrastive_jax.training import views, warm_start
 
 # The values of config.model.remat, from the least recomputation to the most.
 REMAT_POLICIES = ("none", "dots", "attention", "full")
@@ -126,8 +126,7 @@ def plan_step(config: ConfigDict, target: hardware.Target, vocab_size: int, sche
     run = build_lib.build(config, mesh, vocab_size)
     compiled = compile_program(run.train_step, run.shapes, build_lib.batch_shapes(config, mesh))
     params = run.shapes.params
-    views = build_lib.batch_shapes(config, mesh).tokens.shape[1]
-    flops, formula = estimate.model_flops(config, params["encoder"], views)
+    flops, formula = estimate.model_flops(config, params["encoder"], views.view_count(config.data))
     plan: Plan = {
         "target": target.name,
         "mesh": dict(mesh.shape),

@@ -50,8 +50,8 @@ def parse_model_name(name: str) -> ModelName:
     return ModelName(whole, is_run=True)
 
 
-def read_encoder_params(name: ModelName, shardings_of: Callable[[Any], Any]) -> tuple[int, Any]:
-    """Reads the encoder's parameters from a checkpoint of a run.
+def read_params(name: ModelName, shardings_of: Callable[[Any], Any]) -> tuple[int, dict[str, Any]]:
+    """Reads the parameters of encoder, objective and token loss from a checkpoint of a run.
 
     Args:
       name: of a run.
@@ -75,9 +75,9 @@ def read_encoder_params(name: ModelName, shardings_of: Callable[[Any], Any]) -> 
         raise UserError(f"{name.folder}: no checkpoint {number}; there are {steps}")
 
     def place(shapes: Any) -> Any:
-        """The item also has the few numbers that are the objective's parameters: every device holds them."""
+        """Every device holds all parameters but the encoder's: those of heads, and a few numbers."""
         encoder = shardings_of(shapes["encoder"])
         replicated = sharding.replicated(jax.tree.leaves(encoder)[0].mesh)
         return {name: encoder if name == "encoder" else jax.tree.map(lambda _: replicated, shapes[name]) for name in shapes}
 
-    return number, checkpoints.read_item(number, "params", place)["encoder"]
+    return number, checkpoints.read_item(number, "params", place)

@@ -4,7 +4,7 @@ This is the only module that puts data, models, objectives and the mesh together
 step that is trained.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,17 +14,22 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from contrastive_jax.config import UserError
-from contrastive_jax.data import packing, spans
+from contrastive_jax.data import packing, pieces, spans
 from contrastive_jax.data.batch import Batch
+from contrastive_jax.data.pieces import RESERVED_IDS
 from contrastive_jax.models import encoder as encoder_lib
-from contrastive_jax.objectives import pairs
+from contrastive_jax.models.dropout import Noise, row_uniform
+from contrastive_jax.objectives import pairing, registry, tokens
+from contrastive_jax.objectives.objective import NO_OBJECTIVE, Objective
+from contrastive_jax.objectives.tokens import Teacher, TokenLoss
 from contrastive_jax.runtime import layout as layout_lib
 from contrastive_jax.runtime import sharding
 from contrastive_jax.runtime.randomness import step_key
-from contrastive_jax.training import compiler_options, grad_cache, optim
+from contrastive_jax.training import compiler_options, grad_cache, noise, optim, views
 from contrastive_jax.training import step as step_lib
-from contrastive_jax.training.memory import Encode, Memory, Momentum, NoMemory
-from contrastive_jax.training.rows import Rows
+from contrastive_jax.training.memory import Encode, Encoded, make_memory
+from contrastive_jax.training.noise import Vocabulary
+from contrastive_jax.training.views import Rows
 
 
 class Run(NamedTuple):
@@ -33,7 +38,7 @@ class Run(NamedTuple):
     Attributes:
       mesh: the mesh.
       shapes: a TrainState of jax.ShapeDtypeStruct with shardings: what a checkpoint is restored into.
-      init: (pretrained encoder params or ()) → TrainState, allocated in its shardings.
+      init: (pretrained encoder params or (), params of `memory.source` or ()) → TrainState, allocated in its shardings.
       train_step: (state, batch) → (state, metrics, z [b v e]); the metrics are replicated; donates the state.
       encoder: the encoder, for evaluations.
       schedule: step → learning rate.
@@ -72,33 +77,34 @@ def padded_vocab(vocab_size: int) -> int:
 
 
 def check_positions(config: ConfigDict, longest_span: int) -> None:
-    """Raises UserError if training needs more learned positions than the model's table has.
+    """Raises UserError if the model does not take rows as long as training needs, or no packed ones.
 
     A packed row has the positions of each span anew, so that its longest span counts; other rows need a position per token.
     """
-    packed = config.data.pack_pairs > 1
-    needed = longest_span + spans.delimiter_count(config.data) if packed else config.data.length
-    if config.model.position == "learned" and needed > config.model.max_length:
-        key = "config.data.max_span" if packed else "config.data.length"
+    packed, longest = config.data.pack_pairs > 1, encoder_lib.longest_row(config.model)
+    if packed and config.model.num_layers and (config.model.mixer != "attention" or config.model.latent):
+        what = f"mixer={config.model.mixer!r}" if config.model.mixer != "attention" else f"latent={config.model.latent}"
         raise UserError(
-            f"config.model.max_length={config.model.max_length}: {key} needs a table of {needed} learned positions; raise "
-            f"config.model.max_length, or lower {key}"
+            f"config.data.pack_pairs={config.data.pack_pairs}: config.model.{what} would mix the spans of a row; set "
+            "config.data.pack_pairs=1 and config.data.pack_rows=1"
+        )
+    needed = (
+        longest_span + spans.delimiter_count(config.data) if packed else config.data.length * (2 if config.data.join else 1)
+    )
+    if longest is not None and needed > longest:
+        key = "config.data.max_span" if packed else "config.data.length"
+        places = f"a table of {needed} learned positions" if config.model.position == "learned" else f"rows of {needed} tokens"
+        raise UserError(
+            f"config.model.max_length={longest}: {key} needs {places}; raise config.model.max_length, or lower {key}"
         )
 
 
-def build(config: ConfigDict, mesh: Mesh, vocab_size: int) -> Run:
-    """Builds a run; nothing is allocated yet.
-
-    Args:
-      config: of the run, already checked by `config.check`.
-      mesh: the mesh.
-      vocab_size: ids of the data's tokenizer.
+def check_run(config: ConfigDict, mesh: Mesh) -> None:
+    """Checks rules that involve several groups of the config, or the mesh.
 
     Raises:
-      UserError: two values of the config do not go together, or do not fit the mesh; the message names the keys.
+      UserError: two values do not go together; the message names the keys.
     """
-    layout = layout_lib.on_mesh(mesh)
-    encoder = encoder_lib.make_encoder(config.model, padded_vocab(vocab_size), layout)
     sampler = spans.make_sampler(config.data)
     packing.check_rows(config.data, sampler.min_span)
     check_positions(config, sampler.max_span)
@@ -106,29 +112,88 @@ def build(config: ConfigDict, mesh: Mesh, vocab_size: int) -> Run:
         raise UserError(
             "config.objective.where='ring': the batch is on one device only (mesh.data × mesh.fsdp = 1); take 'gathered'"
         )
-    dim = config.model.embedding_dim or config.model.d_model
-    objective = pairs.make_objective(config.objective, sampler.views, dim, mesh, sharding.BATCH_AXES)
-    encode = make_encode(encoder.apply, config, mesh)
-    memory: Memory = NoMemory()
-    if config.objective.queue:
-        memory = Momentum(config.objective, encode, config.data.batch_size, dim)
+    if not config.objective.weight and not (config.tokens.name and config.tokens.weight):
+        raise UserError("config.objective.weight=0: there is no token loss either; set config.tokens.name, or raise it")
 
-    def init_params() -> Any:
+
+class Model(NamedTuple):
+    """The functions and parameters of one encoder with its heads.
+
+    Attributes:
+      encoder: the encoder.
+      token_loss: its token loss, if it has one.
+      init: () → params {"encoder", "objective"}, and "tokens" with a token loss.
+      shardings: of the parameters.
+    """
+
+    encoder: encoder_lib.Encoder
+    token_loss: TokenLoss | None
+    init: Callable[[], Any]
+    shardings: Any
+
+
+def make_model(config: ConfigDict, mesh: Mesh, ids: int, objective: Objective) -> Model:
+    """Builds the encoder of a config with its heads, for `ids` token ids; nothing is allocated yet."""
+    encoder = encoder_lib.make_encoder(config.model, padded_vocab(ids), layout_lib.on_mesh(mesh))
+    token_loss = tokens.make_token_loss(config, config.model.d_model, ids)
+
+    def init() -> Any:
         rng = step_key(jax.random.key(config.seed), "init", jnp.int32(0))
-        return {"encoder": encoder.init(rng), "objective": objective.init(rng)}
+        params = {"encoder": encoder.init(rng), "objective": objective.init(jax.random.fold_in(rng, 1))}
+        return params | ({"tokens": token_loss.init(jax.random.fold_in(rng, 2))} if token_loss else {})
 
-    shapes = jax.eval_shape(init_params)
-    axes = {"encoder": encoder.axes, "objective": jax.tree.map(lambda x: (None,) * x.ndim, shapes["objective"])}
-    optimizer = optim.make_optimizer(config.optim, config.steps, shapes)
+    shapes = jax.eval_shape(init)
+    axes = jax.tree.map(lambda x: (None,) * x.ndim, shapes) | {"encoder": encoder.axes}  # heads are whole on each device
+    return Model(encoder, token_loss, init, sharding.tree_shardings(axes, shapes, mesh))
 
-    def init_state(pretrained: Any = ()) -> step_lib.TrainState:
-        params = init_params()
+
+def build(
+    config: ConfigDict,
+    mesh: Mesh,
+    vocab_size: int,
+    reserved: Mapping[str, int] = RESERVED_IDS,
+    tables: pieces.Tables | None = None,
+) -> Run:
+    """Builds a run; nothing is allocated yet.
+
+    Args:
+      config: of the run, already checked by `config.check`.
+      mesh: the mesh.
+      vocab_size: ids of the data's tokenizer.
+      reserved: {name: id} of those that no text has.
+      tables: where words begin and sentences end, for noise that asks for it (`noise.reads_text`).
+
+    Raises:
+      UserError: two values of the config do not go together, or do not fit the mesh; the message names the keys.
+    """
+    ids = noise.vocabulary_size(config.noise, vocab_size)
+    check_run(config, mesh)
+    make_views = views.make_views(config, Vocabulary(vocab_size, reserved, tables))
+    view_count = views.encoded_views(config.data)
+    dim = encoder_lib.vector_size(config.model)
+    objective = registry.make_objective(config, view_count, dim, mesh, sharding.BATCH_AXES)
+    model = teacher = make_model(config, mesh, ids, objective)
+    if config.memory.source:
+        # A step without a teacher is built where the libraries that read models are not installed, too.
+        from contrastive_jax.training import warm_start
+
+        taught = warm_start.teacher_config(config)
+        check_positions(taught, spans.make_sampler(config.data).max_span)
+        teacher = make_model(taught, mesh, ids, NO_OBJECTIVE)
+    encode = make_encode(model.encoder, config, mesh, model.token_loss, config.objective.locals, teacher.encoder)
+    memory = make_memory(config, make_encode(teacher.encoder, config, mesh), view_count, dim)
+    optimizer = optim.make_optimizer(config.optim, config.steps, jax.eval_shape(model.init))
+
+    def init_state(pretrained: Any = (), source: Any = ()) -> step_lib.TrainState:
+        params = model.init()
         params["encoder"] = overlay(params["encoder"], pretrained or {})
-        return step_lib.TrainState(jnp.int32(0), params, optimizer.init(params), memory.init(params["encoder"]))
+        target = params if teacher is model else overlay(teacher.init(), source or {})
+        return step_lib.TrainState(jnp.int32(0), params, optimizer.init(params), memory.init(target))
 
     state, batch_sharding = jax.eval_shape(init_state), NamedSharding(mesh, sharding.BATCH)
-    placement = state_shardings(state, sharding.tree_shardings(axes, shapes, mesh), optimizer, memory, mesh)
-    train_step = step_lib.make_train_step(encode, objective.loss, objective.project, memory, optimizer, config.seed)
+    of_memory = memory.shardings(teacher.shardings, batch_sharding)
+    placement = state_shardings(state, model.shardings, optimizer, of_memory, mesh)
+    train_step = step_lib.make_train_step(make_views, encode, objective, memory, optimizer, config.seed, config.tokens.weight)
     return Run(
         mesh=mesh,
         shapes=jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placement),
@@ -139,31 +204,29 @@ def build(config: ConfigDict, mesh: Mesh, vocab_size: int) -> Run:
             out_shardings=(placement, sharding.replicated(mesh), batch_sharding),
             compiler_options=compiler_options.options_for(mesh),
         ),
-        encoder=encoder,
+        encoder=model.encoder,
         schedule=optim.make_schedule(config.optim, config.steps),
     )
 
 
 def state_shardings(
-    state: step_lib.TrainState, param_shardings: Any, optimizer: optax.GradientTransformation, memory: Memory, mesh: Mesh
+    state: step_lib.TrainState, param_shardings: Any, optimizer: optax.GradientTransformation, of_memory: Any, mesh: Mesh
 ) -> Any:
     """Returns the shardings of a training state, a TrainState of NamedShardings.
 
-    The optimiser's moments are sharded like their parameters, and the rest of its state is replicated. The memory (nothing, or
-    MoCo's momentum encoder and queue) chooses its own shardings.
+    The optimiser's moments are sharded like their parameters, and the rest of its state is replicated.
 
     Args:
       state: a TrainState of jax.ShapeDtypeStruct.
       param_shardings: a tree like `state.params`, of NamedShardings.
       optimizer: the optimiser that made `state.opt_state`.
-      memory: the memory that made `state.memory`.
+      of_memory: a tree like `state.memory`, of NamedShardings.
       mesh: the mesh.
     """
     replicated: Any = sharding.replicated(mesh)
     moments = optax.tree.map_params(
         optimizer, lambda _, s: s, state.opt_state, param_shardings, transform_non_params=lambda _: replicated
     )
-    of_memory = memory.shardings(param_shardings["encoder"], NamedSharding(mesh, sharding.BATCH))
     return step_lib.TrainState(step=replicated, params=param_shardings, opt_state=moments, memory=of_memory)
 
 
@@ -185,7 +248,7 @@ def micro_batch_pairs(config: ConfigDict, mesh: Mesh) -> int:
         raise UserError(f"config.micro_batch={pairs_} is more than config.data.batch_size={data.batch_size}; 0 takes it whole")
     if not tokens:
         return pairs_
-    minimum = shards * data.pack_rows * spans.make_sampler(data).views * data.length
+    minimum = shards * data.pack_rows * views.view_count(data) * data.length * (2 if data.join == "both" else 1)
     if tokens < minimum:
         raise UserError(
             f"config.micro_batch_tokens={tokens}: one pair (or packed group) on each of {shards} shards has {minimum} tokens; "
@@ -194,41 +257,80 @@ def micro_batch_pairs(config: ConfigDict, mesh: Mesh) -> int:
     return tokens // minimum * multiple
 
 
-def make_encode(apply: Callable[..., jax.Array], config: ConfigDict, mesh: Mesh) -> Encode:
-    """Returns the encoder of a step, (params, Rows, rng) → unit vectors [b v e]: all rows at once, or in micro-batches.
+def of_views(tree: Any, chosen: list[int], shape: tuple[int, int, int]) -> Any:
+    """Returns the rows of the chosen views, from arrays [g·v·r ...]; `shape` is (g, v, r)."""
+    if len(chosen) == shape[1]:
+        return tree
+    return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:])[:, chosen].reshape(-1, *x.shape[1:]), tree)
+
+
+def make_encode(
+    encoder: encoder_lib.Encoder,
+    config: ConfigDict,
+    mesh: Mesh,
+    token_loss: TokenLoss | None = None,
+    local_states: int = 0,
+    teacher: encoder_lib.Encoder | None = None,
+) -> Encode:
+    """Returns the encoder of a step, (params, Rows, rng) → Encoded: all rows at once, or in micro-batches.
 
     Args:
-      apply: of `models.encoder.Encoder`.
+      encoder: the encoder.
       config: of the run.
       mesh: the mesh.
+      token_loss: the token loss to compute in the same pass; its parameters are params["tokens"].
+      local_states: k, how many token states of the last view follow the views as further unit vectors, [b v+k e].
+      teacher: the encoder of params["teacher"], from whose token states a token loss may learn.
 
     Raises:
-      UserError: from `micro_batch_pairs`.
+      UserError: from `micro_batch_pairs`, or token states are not vectors like the embeddings.
     """
+    if local_states and (config.data.pack_pairs > 1 or config.model.embedding_dim):
+        raise UserError("config.objective.locals: needs config.data.pack_pairs=1 and config.model.embedding_dim=0")
     micro_pairs = micro_batch_pairs(config, mesh)
-    pack_pairs, pack_rows = config.data.pack_pairs, config.data.pack_rows
+    pack_pairs, pack_rows, joined = config.data.pack_pairs, config.data.pack_rows, bool(config.data.join)
 
-    def encode(params: Any, rows: Rows, rng: jax.Array) -> jax.Array:
-        def encode_groups(params: Any, rows: Rows) -> jax.Array:
-            """Rows [g v r ...] → unit vectors [g v pack_pairs e]."""
+    def encode(params: Any, rows: Rows, rng: jax.Array | None) -> Encoded:
+        def encode_groups(params: Any, rows: Rows) -> Encoded:
+            """Rows [g v r ...] → unit vectors [g v pack_pairs e], and sums [g a r] of the a views with something to predict."""
             g, v = rows.tokens.shape[:2]
             flat = jax.tree.map(lambda x: x.reshape(g * v * pack_rows, *x.shape[3:]), rows)
-            z = apply(params, flat.tokens, flat.segment, rng, flat.row, (pack_pairs, pack_rows))
-            return z.reshape(g, v, pack_pairs, -1)
+            layout = (pack_pairs, pack_rows), joined
+            z, states, table = encoder.encode(params["encoder"], flat.tokens, flat.segment, rng, flat.row, *layout)
+            z, sums = z.reshape(g, v, pack_pairs, -1), None
+            if local_states:
+                assert rng is not None  # a step has it
+                last, segment = (x.reshape(g, v, *x.shape[1:])[:, -1] for x in (states, flat.segment))
+                uniform = row_uniform(Noise(jax.random.fold_in(rng, 1), rows.row[:, -1, 0]), segment.shape[1:])
+                z = jnp.concatenate([z, pairing.choose_states(last, segment, uniform, local_states)[:, :, None]], axis=1)
+            if token_loss is not None:
+                with jax.named_scope("token_loss"):
+                    flat, states = of_views((flat, states), views.views_with_targets(config, v), (g, v, pack_rows))
+                    targets = flat.targets
+                    if token_loss.taught and teacher is not None:
+                        taught_by = params["teacher"]
+                        seen = teacher.encode(taught_by["encoder"], flat.tokens, flat.segment, None, flat.row, *layout)
+                        targets = targets._replace(teacher=Teacher(taught_by["tokens"], seen.table, seen.states))
+                    sums = token_loss.loss(params["tokens"], table, states, targets)
+            return Encoded(z, jax.tree.map(lambda x: x.reshape(g, -1, pack_rows), sums))
 
         if micro_pairs:
-            z = grad_cache.cached(encode_groups, micro_pairs // pack_pairs, mesh, sharding.BATCH_AXES)(params, rows)
+            cached = grad_cache.cached(encode_groups, micro_pairs // pack_pairs, mesh, sharding.BATCH_AXES)
+            z, sums = cached(params, rows)
         else:
-            z = encode_groups(params, rows)
-        return z.swapaxes(1, 2).reshape(-1, rows.tokens.shape[1], z.shape[3])  # [g v pack_pairs e] -> [b v e]
+            z, sums = encode_groups(params, rows)
+        return Encoded(z.swapaxes(1, 2).reshape(-1, z.shape[1], z.shape[3]), sums)  # [g v pack_pairs e] -> [b v e]
 
     return encode
 
 
 def batch_shapes(config: ConfigDict, mesh: Mesh) -> Batch:
     """Returns the batch of a step as jax.ShapeDtypeStruct with shardings: what the step is compiled for ahead of time."""
-    data, v = config.data, spans.make_sampler(config.data).views
-    rows = (data.batch_size // data.pack_pairs, v, data.pack_rows, data.length)
-    shapes = Batch(tokens=rows, segment=rows, document=(data.batch_size,), span_hash=(data.batch_size, v))
-    spread = NamedSharding(mesh, sharding.BATCH)
-    return Batch(*(shape and jax.ShapeDtypeStruct(shape, jnp.int32, sharding=spread) for shape in shapes))
+    data, sampler, spread = config.data, spans.make_sampler(config.data), NamedSharding(mesh, sharding.BATCH)
+
+    def shape(*sizes: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=spread)
+
+    rows = shape(data.batch_size // data.pack_pairs, sampler.views, data.pack_rows, data.length)
+    label = shape(data.batch_size, dtype=jnp.float32) if sampler.ends == "field" else None
+    return Batch(rows, rows, shape(data.batch_size), shape(data.batch_size, sampler.views), label)

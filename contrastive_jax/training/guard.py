@@ -81,7 +81,8 @@ class Guard:
                     raise StoppedError(self._skipped_message())
             else:
                 self._skipped.clear()
-                self._judge_temperature(number, float(values["temperature"]))
+                if "temperature" in values:
+                    self._judge_temperature(number, float(values["temperature"]))
 
     def _skipped_message(self) -> str:
         steps = ", ".join(self._skipped[:5]) + (", ..." if len(self._skipped) > 5 else "")

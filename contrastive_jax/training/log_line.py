@@ -30,6 +30,13 @@ from contrastive_jax.training.speed import Speed, time_of
 # that a run which is asked to end does so soon.
 IN_FLIGHT = 2
 SAMPLE = 1024  # embeddings of a batch whose statistics are computed
+# The metrics of a loss that the log line shows where there are any: name, label, digits after the point.
+SHOWN = (
+    ("token_loss", "token loss", 4),
+    ("token_accuracy", "token accuracy", 3),
+    ("in_batch_top1", "top-1", 3),
+    ("temperature", "temperature", 4),
+)
 
 
 def make_sample(mesh: Mesh) -> jax.stages.Wrapped:
@@ -87,14 +94,13 @@ class LineWriter:
     def _write_line(self, step: int, scalars: dict[str, float], **texts: str) -> None:
         scalars |= self._speed.scalars(scalars.pop("tokens"))
         scalars["learning_rate"] = float(self._schedule(step - 1))
+        own = "".join(f"  {label} {scalars[name]:.{digits}f}" for name, label, digits in SHOWN if name in scalars)
         logging.info(
-            "step %d/%d  loss %.4f  top-1 %.3f  temperature %.4f  %.0f pairs/s (%.0f overall)  %.0f tokens/s  goodput %.0f %%  "
-            "ETA %s",
+            "step %d/%d  loss %.4f%s  %.0f pairs/s (%.0f overall)  %.0f tokens/s  goodput %.0f %%  ETA %s",
             step,
             self._config.steps,
             scalars["loss"],
-            scalars["in_batch_top1"],
-            scalars["temperature"],
+            own,
             scalars["pairs_per_second"],
             scalars["pairs_per_second_overall"],
             scalars["tokens_per_second"],

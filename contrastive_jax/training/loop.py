@@ -22,10 +22,11 @@ from contrastive_jax import files
 from contrastive_jax.config import UserError
 from contrastive_jax.data import pipeline, prepared, tokenizer
 from contrastive_jax.data.batch import Batch
+from contrastive_jax.objectives import labels
 from contrastive_jax.runtime import checkpoint, digest, processes, sharding
 from contrastive_jax.runtime.peers import Peers
 from contrastive_jax.training import build as build_lib
-from contrastive_jax.training import guard, metrics, trackers, warm_start
+from contrastive_jax.training import guard, metrics, noise, trackers, warm_start
 from contrastive_jax.training import step as step_lib
 from contrastive_jax.training.log_line import LogLine
 from contrastive_jax.training.profiling import Profiler
@@ -88,9 +89,11 @@ def set_up(
     versions = {f"version of {name}": version for name, version in digest.software_versions().items()}
     processes.check_agreement(config=config_lib.to_json(config), data=manifest["content_hash"], **versions)
     mesh = sharding.make_mesh(config.mesh)
-    run = build_lib.build(config, mesh, manifest["vocab_size"])
+    tables = tokenizer.load(prepared.folders(config.data.dir)[0]).tables() if noise.reads_text(config.noise) else None
+    run = build_lib.build(config, mesh, manifest["vocab_size"], manifest["reserved"], tables)
     records = prepared.open_split(config.data.dir, "train", config.data.cache_dir, config.data.cache_gb)
     stream = pipeline.open_stream(records, config.data, config.seed)
+    labels.check_labels(config, manifest.get("labels", []))
     if config.keep_best and not config.eval_every:
         raise UserError(f"config.keep_best={config.keep_best}: there are no scores with config.eval_every=0")
     evaluate = make_evaluate(config, run) if config.eval_every and make_evaluate else None
@@ -129,7 +132,8 @@ def restore_or_init(setup: Setup, checkpoints: checkpoint.Checkpoints, last: int
         logging.info("resuming from %s", checkpoints.directory / str(number))
         warn_of_other_versions(meta)
         return shapes._replace(step=jax.device_put(np.int32(number), shapes.step.sharding), **items)
-    return setup.run.init(warm_start.encoder_params(setup.config, setup.manifest, setup.run.mesh))
+    inputs = setup.config, setup.manifest, setup.run.mesh
+    return setup.run.init(warm_start.encoder_params(*inputs), warm_start.teacher_params(*inputs))
 
 
 def check_same_batches(setup: Setup, meta: dict[str, Any]) -> None:

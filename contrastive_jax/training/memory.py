@@ -1,120 +1,149 @@
-"""What a run remembers from step to step besides parameters and moments: nothing, or MoCo's momentum encoder and queue.
+"""What a run remembers from step to step besides parameters and moments: a target, and a queue of keys.
+
+The target is a copy of the parameters {"encoder", "objective"} that is not trained. `memory.kind` says how it moves, and what
+a step sees of it:
+
+* "queue" (MoCo): it follows. It embeds the positive, which then is not trained, and whose embedding joins a queue of keys.
+* "average" (BYOL): it follows, and embeds all views, for losses that compare the two.
+* "frozen" (a teacher): it stands still where training began, or is another model (`memory.source`), of whatever size, and
+  embeds all views without dropout. Token losses that learn from it are given its parameters.
 
 Dimensions: b pairs, v views, e embedding, f views that are not trained.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from contrastive_jax.config import UserError
 from contrastive_jax.objectives import queue as queue_lib
-from contrastive_jax.objectives.pairs import Keys, PairIds
+from contrastive_jax.objectives.losses import LOSSES
+from contrastive_jax.objectives.objective import NOTHING, Given, PairIds, Params
 from contrastive_jax.objectives.queue import Queue
-from contrastive_jax.training.rows import Rows
-
-Params = Any  # nested dict of arrays
-Encode = Callable[[Params, Rows, jax.Array], jax.Array]  # (encoder params, rows, rng) → unit vectors [b v e]
+from contrastive_jax.objectives.tokens import Terms
+from contrastive_jax.training.views import Rows
 
 
-class Recall(NamedTuple):
-    """What the memory gives a step.
+class Encoded(NamedTuple):
+    """What a step's encoder makes of rows: unit vectors z float32[b v e], and with a token loss its sums [g v r]."""
 
-    Attributes:
-      state: the memory's new state.
-      fixed: embeddings [b f e] of the last f views, which are not trained; () where all views are.
-      keys: what the anchors are scored against; None: the batch's own keys.
-    """
-
-    state: Any
-    fixed: tuple[jax.Array, ...]
-    keys: Keys | None
+    z: jax.Array
+    sums: Terms | None = None
 
 
-class Memory(Protocol):
+# ({"encoder", "tokens", "teacher": {"encoder", "tokens"}}, rows, a random key or None: no dropout) → Encoded
+Encode = Callable[[Params, Rows, jax.Array | None], Encoded]
+
+
+class Memory(NamedTuple):
     """The memory of a run: pure functions of its state, which is a part of the training state.
 
     Attributes:
-      fixed_views: f, how many of the last views the memory embeds.
+      init: params → the state before the first step, from the initial parameters, or from those of another model.
+      before_step: (state, Rows of all views, PairIds, step int32[] from 0, random key) → (new state, Given), whose z
+        has the last f views where f is not 0, else all of them.
+      after_step: (state, params, step) → the state after an optimiser step that gave these parameters.
+      shardings: (those of the parameters, that of arrays [b ...]) → those of the state.
+      fixed_views: f, how many of the last views are not trained: the memory gives their embeddings.
     """
 
-    fixed_views: int
-
-    def init(self, encoder: Params) -> Any:
-        """Returns the state before the first step, from the encoder's initial parameters."""
-
-    def before_step(self, state: Any, rows: Rows, ids: PairIds, step: jax.Array, rng: jax.Array) -> Recall:
-        """Returns what the memory gives step `step` int32[]; rows have all views."""
-
-    def after_step(self, state: Any, encoder: Params) -> Any:
-        """Returns the state after an optimiser step that gave these encoder parameters."""
-
-    def shardings(self, encoder: Any, batch: Any) -> Any:
-        """Returns the shardings of the state, from those of the encoder's parameters and of arrays [b ...]."""
+    init: Callable[[Params], Any]
+    before_step: Callable[[Any, Rows, PairIds, jax.Array, jax.Array], tuple[Any, Given]]
+    after_step: Callable[[Any, Params, jax.Array], Any]
+    shardings: Callable[[Any, Any], Any]
+    fixed_views: int = 0
 
 
-class NoMemory:
-    """Remembers nothing: all views are trained, and the batch's own keys are the negatives."""
-
-    fixed_views = 0
-
-    def init(self, encoder: Params) -> tuple:
-        """Returns the empty state."""
-        return ()
-
-    def before_step(self, state: tuple, rows: Rows, ids: PairIds, step: jax.Array, rng: jax.Array) -> Recall:
-        """Gives nothing."""
-        return Recall((), (), None)
-
-    def after_step(self, state: tuple, encoder: Params) -> tuple:
-        """Returns the empty state."""
-        return ()
-
-    def shardings(self, encoder: Any, batch: Any) -> tuple:
-        """Returns the empty state."""
-        return ()
+# All views are trained, and the batch's own keys are the negatives.
+NO_MEMORY = Memory(lambda *_: (), lambda *_: ((), NOTHING), lambda *_: (), lambda *_: ())
 
 
-class MomentumState(NamedTuple):
-    """The state of `Momentum`: the parameters of its encoder, and its queue."""
+def momentum(config: ConfigDict, step: jax.Array) -> jax.Array | float:
+    r"""Returns the decay of the target's moving average at a step, from 0.
 
-    encoder: Params
-    queue: Queue
+    `memory.momentum` m, or with `memory.rise` BYOL's, which reaches 1 after the K steps of the run:
+
+    .. math::
+      1 - (1 - m) (\cos(\pi k / K) + 1) / 2
+
+    References:
+      Grill et al., Bootstrap Your Own Latent, https://arxiv.org/abs/2006.07733, §3.2
+    """
+    m = config.memory.momentum
+    return 1 - (1 - m) * (jnp.cos(jnp.pi * step / config.steps) + 1) / 2 if config.memory.rise else m
 
 
-class Momentum:
-    """MoCo: only the anchor is trained. A momentum encoder embeds its positive, whose embedding joins a queue of keys.
+def check_target(config: ConfigDict, views: int) -> None:
+    """Raises UserError if no loss looks at the target, or a queue does not go together with the objective, for v views."""
+    memory, objective, tokens = config.memory, config.objective, config.tokens
+    if memory.kind == "queue":
+        if objective.name not in LOSSES or not objective.weight:
+            raise UserError("config.memory.kind='queue': needs a pair loss in config.objective.name, with a weight")
+        if objective.symmetric or objective.pairing != "first" or objective.locals or views != 2:
+            raise UserError(
+                "config.memory.kind='queue': needs config.objective.symmetric=False, config.objective.pairing='first' and "
+                "pairs of two views"
+            )
+    elif not ((objective.weight and objective.name in ("byol", "similarity")) or (tokens.weight and tokens.name == "distil")):
+        raise UserError(
+            f"config.memory.kind={memory.kind!r}: no loss looks at the target; set '', or config.objective.name to 'byol' or "
+            "'similarity', or config.tokens.name='distil'"
+        )
+
+
+def make_memory(config: ConfigDict, encode: Encode, views: int, dim: int) -> Memory:
+    """Builds the memory of `config.memory`: {"target": {"encoder", "objective"}}, and of the kind "queue" {"queue": Queue} too.
 
     Args:
-      config: `config.objective`.
-      encode: the encoder of the step.
-      batch_size: b.
+      config: of the run.
+      encode: the encoder of the target, without a token loss.
+      views: v.
       dim: e.
+
+    Raises:
+      UserError: from `check_target`.
     """
+    kind = config.memory.kind
+    if not kind:
+        return NO_MEMORY
+    check_target(config, views)
+    fixed_views = 1 if kind == "queue" else 0
+    names = ("encoder", "objective", "tokens")[: 3 if config.tokens.name == "distil" else 2]
 
-    fixed_views = 1
+    def of_target(params: Params) -> Params:
+        """The part of the parameters, or of their shardings, that the target has."""
+        return {name: params[name] for name in names if name in params}
 
-    def __init__(self, config: ConfigDict, encode: Encode, batch_size: int, dim: int):
-        self._config, self._encode, self._batch_size, self._dim = config, encode, batch_size, dim
+    def init(params: Params) -> dict[str, Any]:
+        target = {"target": jax.tree.map(jnp.copy, of_target(params))}
+        if kind != "queue":
+            return target
+        return target | {"queue": queue_lib.empty_queue(config.data.batch_size, config.memory.queue, dim)}
 
-    def init(self, encoder: Params) -> MomentumState:
-        """Returns a momentum encoder equal to the encoder, and an empty queue."""
-        queue = queue_lib.empty_queue(self._batch_size, self._config.queue, self._dim)
-        return MomentumState(jax.tree.map(jnp.copy, encoder), queue)
+    def before_step(
+        state: dict[str, Any], rows: Rows, ids: PairIds, step: jax.Array, rng: jax.Array
+    ) -> tuple[dict[str, Any], Given]:
+        target = jax.lax.stop_gradient(state["target"])
+        seen = rows.views(-fixed_views, None)  # the last f, or all: -0 is 0
+        z = jax.lax.stop_gradient(encode(target, seen, None if kind == "frozen" else rng).z)
+        given = Given(z, target["objective"], teacher=target if kind == "frozen" else None)
+        if kind != "queue":
+            return state, given
+        queue = queue_lib.push(state["queue"], z[:, 0], ids, step)
+        return state | {"queue": queue}, given._replace(keys=queue_lib.queue_keys(config.objective, queue, step))
 
-    def before_step(self, state: MomentumState, rows: Rows, ids: PairIds, step: jax.Array, rng: jax.Array) -> Recall:
-        """Embeds the positives and puts them into the queue, whose keys are all that the anchors are scored against."""
-        positives = jax.lax.stop_gradient(self._encode(state.encoder, rows.views(1, None), rng))
-        queue = queue_lib.push(state.queue, positives[:, 0], ids, step)
-        return Recall(state._replace(queue=queue), (positives,), queue_lib.queue_keys(self._config, queue, step))
+    def after_step(state: dict[str, Any], params: Params, step: jax.Array) -> dict[str, Any]:
+        """Moves the target: t ← m · t + (1 - m) · parameters (He et al., equation 2; Grill et al., equation 1)."""
+        if kind == "frozen":
+            return state
+        m = momentum(config, step)
+        return state | {"target": jax.tree.map(lambda t, p: m * t + (1 - m) * p, state["target"], of_target(params))}
 
-    def after_step(self, state: MomentumState, encoder: Params) -> MomentumState:
-        """Moves the momentum encoder: m ← momentum · m + (1 - momentum) · encoder (He et al., equation 2)."""
-        mu = self._config.momentum
-        return state._replace(encoder=jax.tree.map(lambda m, p: mu * m + (1 - mu) * p, state.encoder, encoder))
+    def shardings(params: Any, batch: Any) -> dict[str, Any]:
+        target = {"target": of_target(params)}
+        return target | {"queue": Queue(batch, batch, batch)} if kind == "queue" else target
 
-    def shardings(self, encoder: Any, batch: Any) -> MomentumState:
-        """Returns the shardings of the state: the momentum encoder lies like the encoder, the queue like the batch."""
-        return MomentumState(encoder, Queue(batch, batch, batch))
+    return Memory(init, before_step, after_step, shardings, fixed_views)

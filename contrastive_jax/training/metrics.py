@@ -1,6 +1,6 @@
 """What a run reports: embedding statistics, a JSON-lines file, TensorBoard and a tracker.
 
-Dimensions: b pairs, v = 2 views, e embedding.
+Dimensions: b pairs, v views, e embedding.
 """
 
 import json
@@ -31,12 +31,12 @@ def embedding_metrics(z: np.ndarray) -> dict[str, float]:
     deviation is that of the whole vector, √(1 - |mean|²): 0 where all anchors are one, 1 where they are evenly spread.
 
     Args:
-      z: float32[b 2 e], unit vectors.
+      z: float32[b v e], unit vectors: the anchors, their positives, others.
 
     Returns:
-      "alignment", "uniformity", "effective_rank" and "embedding_std".
+      "alignment" (with two views or more), "uniformity", "effective_rank" and "embedding_std".
     """
-    anchor, positive = z[:, 0].astype(np.float64), z[:, 1].astype(np.float64)
+    anchor = z[:, 0].astype(np.float64)
     count = len(anchor)
     gram = anchor @ anchor.T
     potentials = np.exp(-2 * (2 - 2 * gram))  # |x - y|² = 2 - 2 x·y on the sphere
@@ -46,8 +46,8 @@ def embedding_metrics(z: np.ndarray) -> dict[str, float]:
     squares = np.linalg.eigvalsh(gram if count <= anchor.shape[1] else anchor.T @ anchor)
     singular_values = np.sqrt(np.maximum(squares, 0))
     normalised = singular_values / singular_values.sum()
-    return {
-        "alignment": float(np.square(anchor - positive).sum(-1).mean()),
+    alignment = {"alignment": float(np.square(anchor - z[:, 1]).sum(-1).mean())} if z.shape[1] > 1 else {}
+    return alignment | {
         "uniformity": float(np.log(potential)),
         "effective_rank": float(np.exp(-(normalised * np.log(np.maximum(normalised, 1e-30))).sum())),
         "embedding_std": float(np.sqrt(anchor.var(0).sum())),

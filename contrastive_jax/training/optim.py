@@ -68,7 +68,7 @@ def make_schedule(config: ConfigDict, steps: int) -> Callable[[Any], Any]:
 
 
 def make_optimizer(config: ConfigDict, steps: int, params: Params) -> optax.GradientTransformation:
-    """Builds the optimiser: clipping, Adam, weight decay, the schedule, and a factor per parameter.
+    """Builds the optimiser: clipping, Adam, weight decay, the schedule or its peak, and a factor per parameter.
 
     Args:
       config: `config.optim`.
@@ -80,11 +80,12 @@ def make_optimizer(config: ConfigDict, steps: int, params: Params) -> optax.Grad
     """
     decay_factors = match_rules(config.weight_decay_rules, params, "config.optim.weight_decay_rules")
     rate_factors = match_rules(config.learning_rate_rules, params, "config.optim.learning_rate_rules")
+    constant = match_rules(config.constant_rate_rules, params, "config.optim.constant_rate_rules")
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         optax.scale_by_adam(config.b1, config.b2, config.eps),
         _add_weight_decay(config.weight_decay, decay_factors),
-        optax.scale_by_learning_rate(make_schedule(config, steps)),
+        _scale_by_rate(make_schedule(config, steps), config.learning_rate, constant),
         _scale_by(rate_factors),
     )
 
@@ -96,6 +97,17 @@ def _add_weight_decay(weight_decay: float, factors: Params) -> optax.GradientTra
         return jax.tree.map(lambda u, p, f: u + weight_decay * f * p if f else u, updates, params, factors)
 
     return optax.stateless(update)
+
+
+def _scale_by_rate(schedule: Callable[[Any], Any], peak: float, constant: Params) -> optax.GradientTransformation:
+    """Multiplies each update by minus the rate of its step, or by minus the peak where `constant` is not 0."""
+
+    def update(updates: Params, state: optax.ScaleByScheduleState, _: Params = None) -> tuple[Params, Any]:
+        rate = schedule(state.count)
+        updates = jax.tree.map(lambda u, still: u * -(peak if still else rate), updates, constant)
+        return updates, optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(lambda _: optax.ScaleByScheduleState(jnp.zeros([], jnp.int32)), update)
 
 
 def _scale_by(factors: Params) -> optax.GradientTransformation:

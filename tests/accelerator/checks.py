@@ -49,7 +49,7 @@ def load_recipe(name: str, small: bool = False) -> ConfigDict:
         config.model.update(num_heads=2, num_kv_heads=2, head_dim=8)
         config.data.update(batch_size=16, length=24, min_span=6, max_span=20)
         config.micro_batch = 8 if config.micro_batch else 0
-        config.objective.queue = min(config.objective.queue, 2)
+        config.memory.queue = min(config.memory.queue, 2)
     return config
 
 

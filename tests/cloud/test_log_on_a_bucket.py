@@ -90,7 +90,7 @@ def test_a3_a_profile_goes_to_the_bucket(bucket: str) -> None:
 
 def test_a3_a_killed_run_loses_no_line_before_its_last_flush(gs_bucket: str, dataset: pathlib.Path) -> None:
     workdir = epath.Path(gs_bucket) / "run"
-    options = ["--config.checkpoint_every=50", "--config.log_every=1", "--config.objective.queue=0"]
+    options = ["--config.checkpoint_every=50", "--config.log_every=1", "--config.memory.kind="]
     run = start(command(dataset, workdir, "--config.steps=100000", *options, name="bag"))
     try:
         wait_for(lambda: any(name.startswith("run/checkpoints/100/") for name in listing(gs_bucket)))  # 50 is complete

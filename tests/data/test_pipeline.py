@@ -156,7 +156,7 @@ def test_b1_the_share_of_the_records_that_hold_the_longest_pairs_is_logged(
     with caplog.at_level("INFO", logger="absl"):
         pipeline.batches(records, data_config(max_gap=40), 0)
     share = 100 * (records.lengths() >= 66).sum() / (records.lengths() >= 14).sum()
-    assert f"max_gap=40: {share:.1f} % of the records have room for both; the others have shorter spans" in caplog.text
+    assert f"max_gap=40: {share:.1f} % of the records have room for the longest; the others have shorter ones" in caplog.text
 
 
 def test_b8_records_of_more_tokens_than_an_int32_counts(tmp_path: pathlib.Path) -> None:

@@ -240,7 +240,7 @@ def test_split_without_documents_is_refused(raw: pathlib.Path, prepared: pathlib
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"input": ()}, "give one of --input, --tfds and --python, not none"),
+        ({"input": ()}, "give one of --input, --pairs, --tfds and --python, not none"),
         ({"python": True}, "not input and python"),
         ({"input": (), "tfds": "imdb"}, "--validation goes with --input"),
         ({"input": ("/nowhere/*.zst",)}, r"--input=/nowhere/\*\.zst: no file matches"),

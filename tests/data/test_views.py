@@ -5,25 +5,33 @@ import pytest
 
 from contrastive_jax.data import packing, spans, views
 
-DELIMITERS = np.array([[4, 5], [6, 7]], np.int32)
+RESERVED = {"x_open": 4, "x_close": 5, "y_open": 6, "y_close": 7}
+DELIMITERS = views.delimiter_ids({"reserved": RESERVED}, 2)
+
+
+@pytest.mark.parametrize(("count", "expected"), [(1, [[4, 5]]), (4, [[4, 5], [6, 7], [6, 7], [6, 7]])])
+def test_view_0_is_x_and_all_others_are_y(count: int, expected: list[list[int]]) -> None:
+    assert views.delimiter_ids({"reserved": RESERVED}, count).tolist() == expected
 
 
 @pytest.mark.parametrize("token_type", [np.uint16, np.int32])
-@pytest.mark.parametrize("delimiters", [None, DELIMITERS])
+@pytest.mark.parametrize("delimited", [False, True])
 @pytest.mark.parametrize(("pairs", "rows", "length"), [(1, 1, 22), (8, 8, 22), (8, 5, 24)])
+@pytest.mark.parametrize("v", [1, 2, 3])
 def test_views_equal_a_plain_loop(
-    pairs: int, rows: int, length: int, delimiters: np.ndarray | None, token_type: type, monkeypatch: pytest.MonkeyPatch
+    v: int, pairs: int, rows: int, length: int, delimited: bool, token_type: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    delimiters = views.delimiter_ids({"reserved": RESERVED}, v) if delimited else None
     monkeypatch.setattr(views, "BLOCK", 100)  # several blocks
     rng, n = np.random.default_rng(pairs + rows), 48
     tokens = rng.integers(8, 60_000, 5000).astype(token_type)
-    size = rng.integers(6, 21, (n, 2)).astype(np.int32)
-    begin = rng.integers(0, len(tokens) - 20, (n, 2))
+    size = rng.integers(6, 21, (n, v)).astype(np.int32)
+    begin = rng.integers(0, len(tokens) - 20, (n, v))
     result = views.make_views(tokens, begin, size, length, delimiters, pairs, rows)
-    expected = np.zeros((2, n // pairs, 2, rows, length), np.int32)
+    expected = np.zeros((2, n // pairs, v, rows, length), np.int32)
     edge = 0 if delimiters is None else 1
     fitted, positions = packing.fit(size + 2 * edge, pairs, rows, length)
-    for pair, view in np.ndindex(n, 2):
+    for pair, view in np.ndindex(n, v):
         span = tokens[begin[pair, view] :][: fitted[pair, view] - 2 * edge].tolist()
         if delimiters is not None:
             span = [delimiters[view, 0], *span, delimiters[view, 1]]

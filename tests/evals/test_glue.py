@@ -16,7 +16,7 @@ from contrastive_jax.evals.task import Options
 from contrastive_jax.inference import text_model
 from contrastive_jax.inference.tokenize import RunTokenize
 from contrastive_jax.models import encoder as encoder_lib
-from contrastive_jax.objectives.pairs import PairIds
+from contrastive_jax.objectives.objective import PairIds
 from contrastive_jax.runtime import sharding
 
 WORDS = [chr(ord("a") + i) for i in range(20)]
@@ -25,7 +25,7 @@ WORDS = [chr(ord("a") + i) for i in range(20)]
 LENGTH = 16
 
 
-def tiny(layers: int = 0) -> text_model.TextModel:
+def tiny(layers: int = 0, longest: int = LENGTH) -> text_model.TextModel:
     """An encoder of few blocks, with dropout, and its words."""
 
     class Words:
@@ -39,7 +39,7 @@ def tiny(layers: int = 0) -> text_model.TextModel:
     initial = encoder_lib.make_encoder(config, len(WORDS)).init(jax.random.key(0))
     encoder, forward_with = text_model.make_encoder_on_all_devices(config, initial)
     params = text_model.place_on_all_devices(config, initial)
-    return text_model.TextModel("tiny", config, encoder, params, forward_with, RunTokenize(Words, False, LENGTH))
+    return text_model.TextModel("tiny", config, encoder, params, forward_with, RunTokenize(Words, False, longest))
 
 
 def write_pairs(path: pathlib.Path, seed: int, count: int, shuffled: bool = False) -> None:
@@ -91,10 +91,40 @@ def test_shuffled_labels_give_chance_and_a_seed_gives_the_same_figures(tmp_path:
     assert score(tiny(), tmp_path, FAST._replace(epochs=1)) == rows
 
 
+def write_entailment(path: pathlib.Path, seed: int, count: int) -> None:
+    """The label is whether the letters of both texts are of the same kind; neither text says anything alone."""
+    rng, rows = np.random.default_rng(seed), []
+    for number in range(count):
+        first, second = number % 4 // 2, number % 2
+        premise, hypothesis = (WORDS[3 * kind + rng.integers(3)] for kind in (first, second))
+        rows.append({"premise": premise, "hypothesis": hypothesis, "label": "yes" if first == second else "no"})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_m18_a_joined_row_has_the_hypothesis_first_and_the_premise_loses_its_end() -> None:
+    model, part = tiny(), senteval.Labelled(["c d e", " ".join(WORDS[:15])], ["yes", "no"], ["a b", "s t"])
+    pairs = glue.tokenize_pairs(model, part, ["no", "yes"], joined=True)
+    assert pairs.rows == [([0, 1, 2, 3, 4],), ([18, 19, *range(14)],)]
+    assert model.truncation.share == 0.5
+    batch = glue.make_batch(pairs, np.array([1, 0]), total=4, longest=LENGTH)
+    assert batch.tokens.shape == (4, 1, 1, LENGTH) and batch.span_hash.shape == (4, 1)
+    assert batch.segment.sum(3)[:, 0, 0].tolist() == [16, 5, 1, 1] and batch.label.tolist() == [0, 1, -1, -1]
+
+
+@pytest.mark.parametrize("sees", ["both texts", "the hypothesis"])
+def test_m18_entailment_is_learnt_from_a_row_of_both_texts_alone(sees: str, tmp_path: pathlib.Path) -> None:
+    write_entailment(tmp_path / "train.jsonl", 0, 320)
+    write_entailment(tmp_path / "dev.jsonl", 1, 200)
+    model = tiny(layers=1, longest=2 if sees == "both texts" else 1)
+    rows = score(model, tmp_path, FAST._replace(epochs=10, seeds=1, encoder_rate=1e-2, joined=True))
+    assert rows["majority"] == {"accuracy": 0.5}
+    assert rows["best"]["accuracy"] > 0.95 if sees == "both texts" else rows["best"]["accuracy"] < 0.6
+
+
 def losses(separable: pathlib.Path, recipe: glue.Recipe) -> list[float]:
     """The loss of each of a few steps with dropout, on 40 pairs."""
     model, data = tiny(layers=1), glue.open_pairs(None, str(separable), Options())
-    pairs = glue.tokenize_pairs(model, senteval.Labelled(*(column[:40] for column in data.train)), ["no", "yes"])
+    pairs = glue.tokenize_pairs(model, senteval.Labelled(*(column[:40] for column in data.train)), ["no", "yes"], recipe.joined)
     tuning = glue.make_fine_tuning(model, 2, recipe, 12)
     state, values = tuning.init(0), []
     for _ in range(recipe.epochs):
@@ -105,7 +135,8 @@ def losses(separable: pathlib.Path, recipe: glue.Recipe) -> list[float]:
 
 
 def test_rows_are_padded_to_few_lengths_and_the_last_batch_to_its_pairs() -> None:
-    pairs = glue.TokenPairs([[1] * 3, [2] * 17, [3] * 16], [[4], [5] * 33, [6] * 2], np.array([7, 8, 9], np.int32))
+    rows = [([1] * 3, [4]), ([2] * 17, [5] * 33), ([3] * 16, [6] * 2)]
+    pairs = glue.TokenPairs(rows, np.array([7, 8, 9], np.int32))
     whole, rest = (glue.make_batch(pairs, np.array(chosen), total=4, longest=40) for chosen in ([2, 1], [0]))
     assert whole.tokens.shape == whole.segment.shape == (4, 2, 1, 40)  # 64 would be more than the model takes
     assert rest.tokens.shape == (4, 2, 1, 16)
@@ -127,13 +158,13 @@ def test_fillers_have_no_loss() -> None:
     scores = np.concatenate([u, v, np.abs(u - v), u * v], axis=1) @ head["kernel"]
     logs = scores - np.log(np.exp(scores).sum(1, keepdims=True))
     ids = PairIds(None, None, np.array([2, -1, 0]))
-    value, _ = glue.classification_loss(z, ids, head, None)
+    value, _ = glue.classification_loss(z, ids, head)
     assert float(value) == pytest.approx(-(logs[0, 2] + logs[2, 0]) / 2, rel=1e-5)
 
 
-@pytest.mark.slow
-def test_one_device_and_eight_train_alike(separable: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = FAST._replace(batch_size=12, epochs=2)  # neither 12 nor 40 - 36 divides over eight devices
+@pytest.mark.parametrize("joined", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_m18_one_device_and_eight_train_alike(joined: bool, separable: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = FAST._replace(batch_size=12, epochs=2, joined=joined)  # neither 12 nor 40 - 36 divides over eight devices
     eight = losses(separable, recipe)
     one_device = sharding.make_mesh(ConfigDict({"data": 1, "fsdp": 1, "tensor": 1}), jax.devices()[:1])
     monkeypatch.setattr(sharding, "all_devices_mesh", lambda: one_device)

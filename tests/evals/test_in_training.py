@@ -93,7 +93,7 @@ def test_without_scores_there_is_no_best(tmp_path: pathlib.Path) -> None:
         ),
         ({"eval.tasks": "sts=nowhere"}, "config.eval.tasks=sts=nowhere: --data=nowhere: --tasks=sts needs the folder"),
         ({"eval.tasks": "sts"}, "config.eval.tasks=sts: give the data of sts, sts=DATA"),
-        ({"eval.tasks": "glue=x"}, "no task 'glue' in training; give TASK=DATA of query_key, sts, "),
+        ({"eval.tasks": "glue=x"}, "no task 'glue' in training; give TASK=DATA of query_key, information, sts, "),
     ],
 )
 def test_what_cannot_be_scored_is_named(

@@ -98,15 +98,15 @@ def test_a_model_that_is_not_a_run_reads_the_text_of_the_same_pairs(readable: pa
     assert rows == query_key.score_similarity(model.encode_query(queries) @ model.encode_document(keys).T)
     protocol = query_key.TASK.protocol(model, data, options)
     assert protocol["input"] == "decoded text" and protocol["pairs"] == 30 and "max_tokens" not in protocol
-    with pytest.raises(UserError, match=r"--tasks=query_key: hf:.* is no run; give --data=DIR, a prepared dataset"):
+    with pytest.raises(UserError, match=r"--data: hf:.* is no run; give a prepared dataset, --data=DIR"):
         query_key.TASK.open_data(model, "", options)
 
 
-def test_a_run_reads_tokens_if_its_tokenizer_is_the_datasets(dataset: pathlib.Path, readable: pathlib.Path) -> None:
+def test_a_run_reads_tokens_if_its_tokenizer_is_the_datasets(readable: pathlib.Path, tmp_path: pathlib.Path) -> None:
     def is_read_as_tokens(folder: pathlib.Path, sha256: str) -> bool:
         run = types.SimpleNamespace(config=default_config(), tokenizer=types.SimpleNamespace(sha256=sha256))
         return query_key.reads_dataset_tokens(run, epath.Path(folder))
 
     assert is_read_as_tokens(readable, tokenizer.load(readable).sha256)
     assert not is_read_as_tokens(readable, "another")
-    assert is_read_as_tokens(dataset, "any")  # it has no tokenizer
+    assert is_read_as_tokens(tmp_path, "any")  # it has no tokenizer

@@ -39,7 +39,7 @@ def test_each_task_has_its_data() -> None:
     assert assigned(["query_key"], []) == [("query_key", "")]
     with pytest.raises(UserError, match=r"--data names 2 folders, --tasks 1 tasks; give one per task, or one"):
         run.assign_data(["sts"], ["a", "b"])
-    with pytest.raises(UserError, match=r"--tasks=stsb: choose one of query_key, sts, wordsim"):
+    with pytest.raises(UserError, match=r"--tasks=stsb: choose one of query_key, information, sts, wordsim"):
         run.assign_data(["stsb"], [])
 
 

@@ -91,6 +91,7 @@ def test_poolings_of_older_and_newer_files(tmp_path: pathlib.Path) -> None:
         ('{"pooling_mode_cls_token": true, "pooling_mode_mean_tokens": false}', "cls"),
         ('{"pooling_mode": "lasttoken"}', "eos"),
         ('{"pooling_mode": "mean"}', "mean"),
+        ('{"pooling_mode_max_tokens": true}', "max"),
     ):
         path.write_text(text)
         assert folder_lib.read_pooling(path) == pooling
@@ -121,9 +122,10 @@ def test_what_a_folder_or_this_encoder_lacks_is_named(tmp_path: pathlib.Path) ->
     assert "position_embedding_type" in message_of(config(position_embedding_type="relative_key"))
     assert "no tensor 'encoder.layer.3." in message_of(config(num_hidden_layers=4))
     assert "not what config.json says" in message_of(config(hidden_size=8))
-    pooling = json.dumps({"pooling_mode_max_tokens": True})
-    assert "pooling_mode_max_tokens; this encoder knows" in message_of({"1_Pooling/config.json": pooling})
-    assert "by max; this encoder knows mean, cls, lasttoken" in message_of({"1_Pooling/config.json": '{"pooling_mode": "max"}'})
+    pooling = json.dumps({"pooling_mode_weightedmean_tokens": True})
+    assert "pooling_mode_weightedmean_tokens; this encoder knows" in message_of({"1_Pooling/config.json": pooling})
+    newer = {"1_Pooling/config.json": '{"pooling_mode": "weightedmean"}'}
+    assert "by weightedmean; this encoder knows mean, max, cls, lasttoken" in message_of(newer)
     modules = json.dumps([{"type": "sentence_transformers.models.CNN", "path": "2_CNN"}])
     assert "module CNN; this encoder has" in message_of({"modules.json": modules})
 

@@ -47,7 +47,7 @@ def test_a_run_is_read_up_to_its_max_length_and_not_to_its_rows(trained: tokeniz
     assert len(short.tokenize([LONG])[0]) == 10 and short.protocol()["max_tokens"] == 10
     with pytest.raises(UserError, match="--max_tokens=2: two tokens are delimiters and leave no room"):
         text_model.load(str(tmp_path), max_tokens=2)
-    with pytest.raises(UserError, match=r"--max_tokens=201: the run has learned positions for 200 tokens; lower it"):
+    with pytest.raises(UserError, match=r"--max_tokens=201: the run has positions for 200 tokens; lower it"):
         text_model.load(str(tmp_path), max_tokens=201)
 
 
@@ -84,7 +84,7 @@ def test_a_folder_and_its_limits(tmp_path: pathlib.Path) -> None:
     assert model.truncation.share == pytest.approx(1 / 3)
     with pytest.raises(UserError, match="--max_tokens=2: special tokens leave no room"):
         text_model.load(f"hf:{folder}", max_tokens=2).encode(TEXTS)
-    with pytest.raises(UserError, match="has learned positions for 40 tokens"):
+    with pytest.raises(UserError, match="has positions for 40 tokens"):
         text_model.load(f"hf:{folder}", max_tokens=41)
 
 

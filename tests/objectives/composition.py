@@ -17,10 +17,10 @@ from contrastive_jax.config import default_config
 from contrastive_jax.models import encoder
 from contrastive_jax.objectives import pairs
 from contrastive_jax.objectives.losses import LOSSES
-from contrastive_jax.objectives.pairs import PairIds
+from contrastive_jax.objectives.objective import Objective, PairIds
 from contrastive_jax.runtime import sharding
 from contrastive_jax.training import grad_cache
-from contrastive_jax.training.rows import Rows
+from contrastive_jax.training.views import Rows
 
 B, E, LENGTH, VOCAB = 24, 16, 6, 40
 TEMPERATURE = 0.005  # logits up to ±200
@@ -33,8 +33,8 @@ def objective_config(**changes: object) -> ConfigDict:
     return config
 
 
-def make(config: ConfigDict, views: int = 2, mesh: jax.sharding.Mesh | None = None, hard_negatives: int = 0) -> pairs.Objective:
-    return pairs.make_objective(config, views, E, mesh, sharding.BATCH_AXES if mesh else (), hard_negatives)
+def make(config: ConfigDict, views: int = 2, mesh: jax.sharding.Mesh | None = None) -> Objective:
+    return pairs.make_objective(config, views, E, mesh, sharding.BATCH_AXES if mesh else ())
 
 
 def ids(views: int, seed: int = 0) -> PairIds:
@@ -58,12 +58,17 @@ def mesh_of(devices: int) -> jax.sharding.Mesh:
 
 def distance(got: jax.Array, expected: jax.Array) -> float:
     """Relative, in the Euclidean norm."""
-    return float(np.linalg.norm(np.asarray(got) - np.asarray(expected)) / np.linalg.norm(np.asarray(expected)))
+    off, size = np.linalg.norm(np.asarray(got) - np.asarray(expected)), np.linalg.norm(np.asarray(expected))
+    return float(off / size if size else off)
 
 
 HOW, DEVICES, HARD, SIZES, MASKING = ("direct", "cached"), (1, 2, 4, 8), (0, 2), ("whole", "matryoshka"), ("plain", "masked")
 PLACES = ("local", "gathered", "ring")
-TABLE = list(itertools.product(LOSSES, PLACES, HOW, DEVICES, HARD, SIZES, MASKING))
+TABLE = [
+    case
+    for case in itertools.product(LOSSES, PLACES, HOW, DEVICES, HARD, SIZES, MASKING)
+    if not (LOSSES[case[0]].average and case[5] == "matryoshka")
+]
 # In every run of the tests: each loss in each place, the other choices in turns.
 COVER = [
     ("infonce", "ring", "direct", 8, 0, "whole", "masked"),
@@ -78,11 +83,25 @@ COVER = [
     ("siglip", "ring", "cached", 2, 0, "whole", "masked"),
     ("siglip", "gathered", "direct", 8, 2, "matryoshka", "masked"),
     ("siglip", "local", "cached", 4, 2, "whole", "plain"),
+    ("dv", "ring", "direct", 8, 0, "whole", "masked"),
+    ("dv", "gathered", "cached", 8, 2, "matryoshka", "plain"),
+    ("dv", "local", "direct", 1, 0, "whole", "masked"),
+    ("mine", "ring", "cached", 8, 2, "whole", "plain"),
+    ("mine", "gathered", "direct", 1, 0, "whole", "masked"),
+    ("mine", "local", "cached", 8, 0, "whole", "masked"),
+    ("nwj", "ring", "direct", 8, 2, "whole", "masked"),
+    ("nwj", "gathered", "cached", 1, 0, "matryoshka", "masked"),
+    ("nwj", "local", "direct", 8, 0, "whole", "plain"),
+    ("jsd", "ring", "cached", 8, 0, "matryoshka", "masked"),
+    ("jsd", "gathered", "direct", 8, 0, "whole", "plain"),
+    ("jsd", "local", "cached", 1, 2, "whole", "masked"),
 ]
 
 
-def composition_config(loss: str, where: str, matryoshka: str, masking: str) -> ConfigDict:
-    config = objective_config(name=loss, where=where, bias=-3.0)
+def composition_config(loss: str, where: str, hard: int, matryoshka: str, masking: str) -> ConfigDict:
+    config = objective_config(name=loss, where=where, hard_negatives=hard, bias=-3.0)
+    if loss == "nwj":  # it is an exponential itself, and e^200 is no float32
+        config.temperature = 0.2
     config.matryoshka = ((7, 0.5), (E, 1.0)) if matryoshka == "matryoshka" else ()
     config.update(mask_same_document=masking == "masked", mask_duplicates=masking == "masked")
     config.mask_margin = 0.3 if masking == "masked" else None
@@ -126,16 +145,16 @@ def value_and_gradients(encode: Callable, loss: Callable) -> Callable:
 @functools.cache
 def expected(loss: str, shards: int, hard: int, matryoshka: str, masking: str) -> tuple:
     """Loss and gradients; and the sums of absolute values of what loss and objective's gradients are sums of."""
-    config, views = composition_config(loss, "gathered", matryoshka, masking), 2 + hard
+    config, views = composition_config(loss, "gathered", hard, matryoshka, masking), 2 + hard
 
     def plain(z: jax.Array, _: PairIds, params: dict) -> jax.Array:
-        return dense.loss(config, z, ids(views), params, shards, hard)
+        return dense.loss(config, z, ids(views), params, shards)
 
-    params = {"encoder": small_encoder()[1], "objective": make(config, views, None, hard).init(jax.random.key(0))}
+    params = {"encoder": small_encoder()[1], "objective": make(config, views).init(jax.random.key(0))}
     z = encode(params["encoder"], rows_of(views))
 
     def parts(params: dict) -> jax.Array:
-        return dense.parts(config, z, ids(views), params, shards, hard)
+        return dense.parts(config, z, ids(views), params, shards)
 
     sizes = jax.tree.map(
         lambda x: float(jnp.abs(x).sum()), (parts(params["objective"]), jax.jacfwd(parts)(params["objective"]))
@@ -145,8 +164,8 @@ def expected(loss: str, shards: int, hard: int, matryoshka: str, masking: str) -
 
 
 def check_composition(loss: str, where: str, how: str, devices: int, hard: int, matryoshka: str, masking: str) -> None:
-    config, views, mesh = composition_config(loss, where, matryoshka, masking), 2 + hard, mesh_of(devices)
-    objective = make(config, views, mesh, hard)
+    config, views, mesh = composition_config(loss, where, hard, matryoshka, masking), 2 + hard, mesh_of(devices)
+    objective = make(config, views, mesh)
     embed = grad_cache.cached(encode, 16, mesh, sharding.BATCH_AXES) if how == "cached" else encode  # 16 + 8: a ragged end
     params = {"encoder": small_encoder()[1], "objective": objective.init(jax.random.key(0))}
     nudge = np.zeros((B, views, E), np.float32)
@@ -158,7 +177,7 @@ def check_composition(loss: str, where: str, how: str, devices: int, hard: int, 
     # off its float64 twin): then its error is relative to a part of the terms.
     scalars = [x[0]["objective"] for x in (got[1], gradients)]
     assert all(
-        abs(scalars[0][name] - scalars[1][name]) < 1e-5 * max(abs(scalars[1][name]), 0.01 * size)
+        abs(scalars[0][name] - scalars[1][name]) <= 1e-5 * max(abs(scalars[1][name]), 0.01 * size)
         for name, size in sizes[1].items()
     ), scalars
     far = jax.tree.map(distance, *[(x[0]["encoder"], x[1]) for x in (got[1], gradients)])

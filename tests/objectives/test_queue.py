@@ -13,7 +13,7 @@ from contrastive_jax.data import pipeline, prepared
 from contrastive_jax.inference import forward
 from contrastive_jax.objectives import pairs
 from contrastive_jax.objectives import queue as queue_lib
-from contrastive_jax.objectives.pairs import PairIds
+from contrastive_jax.objectives.objective import Given, PairIds
 from contrastive_jax.runtime import sharding
 from contrastive_jax.training import build
 
@@ -22,7 +22,7 @@ B, S, E = 16, 3, 8
 
 def config_of(**changes: object) -> ConfigDict:
     config = default_config().objective
-    config.update(symmetric=False, queue=S, momentum=0.9, block=7, temperature=0.1)
+    config.update(symmetric=False, block=7, temperature=0.1)
     config.update(changes)
     return config
 
@@ -42,7 +42,9 @@ def test_loss_equals_a_loop_over_past_batches(loss: str, where: str, devices: in
     mesh = sharding.make_mesh(default_config().mesh, jax.devices()[:devices])
     objective = pairs.make_objective(config, 2, E, mesh, sharding.BATCH_AXES)
     params, queue = objective.init(jax.random.key(0)), queue_lib.empty_queue(B, S, E)
-    step = jax.jit(lambda z, ids, queue, k: objective.loss(z, ids, params, queue_lib.queue_keys(config, queue, k))[0])
+    step = jax.jit(
+        lambda z, ids, queue, k: objective.loss(z, ids, params, Given(keys=queue_lib.queue_keys(config, queue, k)))[0]
+    )
     push = jax.jit(queue_lib.push)
     past: list[tuple] = []
     for k, (z, ids) in enumerate(batches(5)):
@@ -74,28 +76,28 @@ def test_loss_equals_a_loop_over_past_batches(loss: str, where: str, devices: in
 
 def test_step_fills_the_queue_and_moves_the_momentum_encoder(dataset: str) -> None:
     config = shrink(moco.get_config(), dataset)
-    config.objective.momentum, config.model.dropout = 0.75, 0.0
+    config.memory.momentum, config.model.dropout = 0.75, 0.0
     mesh = sharding.make_mesh(config.mesh)
     run = build.build(config, mesh, 320)
     windows, rows = prepared.open_split(dataset, "train"), np.arange(config.data.batch_size)
     stream = pipeline.batches(windows, config.data, 0)
     state = run.init()
-    jax.tree.map(np.testing.assert_array_equal, state.memory.encoder, state.params["encoder"])
+    jax.tree.map(np.testing.assert_array_equal, state.memory["target"]["encoder"], state.params["encoder"])
     embed = forward.make_forward(run.encoder.apply, mesh)
-    slots = config.objective.queue
+    slots = config.memory.queue
     for k in range(slots + 1):
         host = next(stream)
         before = jax.device_get(state)
         state, _, z = run.train_step(state, sharding.to_global(host, rows, len(rows), mesh))
-        expected = embed(before.memory.encoder, host.tokens[:, 1, 0], host.segment[:, 1, 0])
-        np.testing.assert_allclose(state.memory.queue.z[:, k % slots], expected, atol=1e-5)
+        expected = embed(before.memory["target"]["encoder"], host.tokens[:, 1, 0], host.segment[:, 1, 0])
+        np.testing.assert_allclose(state.memory["queue"].z[:, k % slots], expected, atol=1e-5)
         np.testing.assert_allclose(z[:, 1], expected, atol=1e-5)
-        np.testing.assert_array_equal(state.memory.queue.document[:, k % slots], host.document)
-        np.testing.assert_array_equal(state.memory.queue.span_hash[:, k % slots], host.span_hash[:, ::-1])
+        np.testing.assert_array_equal(state.memory["queue"].document[:, k % slots], host.document)
+        np.testing.assert_array_equal(state.memory["queue"].span_hash[:, k % slots], host.span_hash[:, ::-1])
         jax.tree.map(
             lambda m, old, new: np.testing.assert_allclose(m, 0.75 * old + 0.25 * new, atol=1e-6),
-            state.memory.encoder,
-            before.memory.encoder,
+            state.memory["target"]["encoder"],
+            before.memory["target"]["encoder"],
             state.params["encoder"],
         )
-    assert state.memory.queue.z.sharding.spec == sharding.BATCH
+    assert state.memory["queue"].z.sharding.spec == sharding.BATCH

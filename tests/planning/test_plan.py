@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, overrides, recipe
+from conftest import RECIPES, ROOT, overrides, recipe
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -200,6 +200,28 @@ def test_model_flops_are_six_per_weight_and_token() -> None:
     weights = 4 * d * d + 2 * d * f
     assert flops == tokens * (6 * weights + 12 * d * 64) + 6 * 128**2 * d
     assert f"{weights:,}" in formula
+    scores = [
+        (4, 2, dict(pairing="both")),
+        (4, 3, dict(pairing="both", positives="mean")),
+        (6, 4, dict(pairing="all")),
+        (3, 4, {}),
+        (2, 4, dict(positives="mean", hard_negatives=1)),
+        (8, 1, dict(locals=8)),
+        (0, 2, dict(name="cosent")),
+    ]
+    for matrices, views, values in scores:
+        config.objective = recipe("debug").objective
+        config.objective.update(values)
+        of_scores = estimate.model_flops(config, params, views)[0] - tokens // 2 * views * (6 * weights + 12 * d * 64)
+        assert of_scores == 6 * matrices * 128**2 * d
+    config.objective = recipe("debug").objective
+    config.memory.update(kind="queue", queue=5)
+    assert estimate.model_flops(config, params, 2)[0] == flops + 4 * 6 * 128**2 * d
+    config.objective.weight, config.tokens.name, config.tokens.positions = 0.0, "mlm", 10
+    table = 6 * tokens // 64 * 10 * params["transformer"]["embedding"].size
+    assert estimate.model_flops(config, params, 2)[0] == tokens * (6 * weights + 12 * d * 64) + table
+    config.noise.ops, config.noise.views = (("mask", 0.15),), (0,)  # of two views
+    assert estimate.model_flops(config, params, 2)[0] == tokens * (6 * weights + 12 * d * 64) + table // 2
 
 
 def test_longer_texts_cost_parameters_but_no_flops() -> None:
@@ -334,11 +356,29 @@ SHIPPED = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "target"), SHIPPED)
 def test_every_shipped_recipe_fits_its_hardware(name: str, target: str) -> None:
-    """`pip install .[plan]` first; 3 minutes each for the large ones."""
+    """`pip install .[plan]` first; 3 minutes each for the large ones, 20 seconds for the others.
+
+    It may lie in a folder of its own, in PYTHONPATH: JAX looks for a TPU where it finds libtpu.
+    """
     if target.startswith("tpu"):
         pytest.importorskip("libtpu")
     if target.startswith("gpu"):
         pytest.importorskip("jax_plugins.xla_cuda12")
-    done = command(f"--config=configs/{name}", f"--target={target}")
+    done = command(f"--config=configs/{name}", f"--target={target}", "--config.memory.source=")
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert re.search(r"not modelled +(nothing|\d+ × ZeroCrop)\n", done.stdout), done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["tpu:v5e:4x4", "gpu:h100:1x1"])
+def test_the_step_of_every_recipe_compiles_and_fits(target: str) -> None:
+    """All in one process, since imports take longer than a step of one block; `pip install .[plan]` first."""
+    pytest.importorskip("libtpu" if target.startswith("tpu") else "jax_plugins.xla_cuda12")
+    names = [f"{name}:{argument}" for name, argument in RECIPES if "_text" not in name and "_base" not in name]
+    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    script = [sys.executable, str(ROOT / "tests" / "planning" / "every_recipe.py"), target, *names]
+    with subprocess.Popen(script, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        results = dict(line.rstrip().split(" ", 1) for line in process.stdout)
+    assert results == dict.fromkeys(names, "fits; not modelled: nothing")

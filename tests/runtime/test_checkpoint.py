@@ -142,14 +142,14 @@ def test_b9_another_run_or_other_batches_are_refused(trained: tuple[ConfigDict, 
         UserError, match=r"does not fit this config: .*mlp.* is float32\[1,32,16\] there, float32\[1,48,16\] here"
     ):
         loop.restore_or_init(loop.set_up(config, epath.Path(workdir)), checkpoint.Checkpoints(workdir))
-    config.model.d_ff, config.data.batch_size, config.objective.queue = 32, 24, 2
+    config.model.d_ff, config.data.batch_size, config.memory.queue = 32, 24, 2
     with pytest.raises(UserError, match="config.data.batch_size=24: this run has 16 so far"):
         loop.restore_or_init(loop.set_up(config, epath.Path(workdir)), checkpoint.Checkpoints(workdir))
     before = (workdir / "config.json").read_text()
     with pytest.raises(UserError):
         loop.train(loop.set_up(config, epath.Path(workdir)), 5)
     assert (workdir / "config.json").read_text() == before  # a refused run changes nothing
-    config.data.batch_size, config.objective.queue = 16, trained[0].objective.queue
+    config.data.batch_size, config.memory.queue = 16, trained[0].memory.queue
     setup = loop.set_up(config, epath.Path(workdir))
     for path, value in (("seed", 7), ("data.weights", (("a", 1.0),)), ("data.max_span", 19), ("data.shuffle_records", 9)):
         changed = config.copy_and_resolve_references()

@@ -1,4 +1,4 @@
-"""Every key of config.py with wrong types and values out of range, and combinations that cannot be."""
+"""Every key of config/keys.py with wrong types and values out of range, and combinations that cannot be."""
 
 import json
 import pathlib
@@ -29,15 +29,19 @@ WRONG = {
 }
 # What is right all the same.
 MAY_BE_ZERO = (
-    "seed eval_every checkpoint_every micro_batch micro_batch_tokens data.min_gap data.max_gap model.num_layers "
-    "model.local_window model.embedding_dim objective.queue optim.warmup_steps "
-    "guard.skipped_in_a_row guard.warmup_steps eval.seed"
+    "seed eval_every checkpoint_every micro_batch micro_batch_tokens data.min_gap data.max_gap data.min_separation "
+    "model.num_layers model.latent model.local_window model.embedding_dim objective.context objective.locals "
+    "objective.hard_negatives tokens.positions optim.warmup_steps guard.skipped_in_a_row guard.warmup_steps eval.seed"
 ).split()
 RIGHT = {(f"config.{key}", "0") for key in MAY_BE_ZERO} | {("config.objective.bias", "-1.0")}
-RIGHT |= {
-    (f"config.{key}", "") for key in ("init_from", "keep_best", "eval.tasks", "tracker", "data.cache_dir", "data.one_source")
-}
+MAY_BE_EMPTY = (
+    "init_from keep_best eval.tasks tracker model.pool_tanh tokens.name memory.kind memory.source "
+    "data.cache_dir data.one_source data.join"
+).split()
+RIGHT |= {(f"config.{key}", "") for key in MAY_BE_EMPTY}
 RIGHT |= {("config.data.cache_dir", "nonsense")}  # the name of a folder
+RIGHT |= {(f"config.{key}", size) for key in ("heads.projector", "heads.predictor", "labels.classes") for size in ("[1]", "3")}
+RIGHT |= {("config.noise.views", "[1]")}
 
 
 @pytest.mark.parametrize(("key", "value"), leaves(default_config()), ids=lambda x: x if isinstance(x, str) else "")
@@ -65,7 +69,10 @@ IMPOSSIBLE = [
     ("mesh.fsdp=8 model.d_model=20", "over config.mesh.fsdp=8"),
     ("data.max_span=100", "config.data.length=24: config.data.max_span=100 needs 102"),
     ("data.min_span=20 data.max_span=10", "config.data.min_span=20: must not be above config.data.max_span=10"),
-    ("data.min_span=60 data.max_span=60 data.length=62", "no record has the 120 tokens that two spans need (longest: 96)"),
+    (
+        "data.min_span=60 data.max_span=60 data.length=62",
+        "no record has the 120 tokens that config.data.sampler='neighbours' needs (longest: 96)",
+    ),
     ("data.max_gap=60", "config.data.max_gap=60 need records of 100 tokens, but those of config.data.dir have at most 96"),
     ("data.weights=[('C',1.0)]", "config.data.weights: no domain 'C'; there are a, b"),
     ("data.pack_pairs=3 data.pack_rows=2", "data.pack_pairs"),
@@ -76,7 +83,10 @@ IMPOSSIBLE = [
     ("micro_batch=12", "config.micro_batch=12 must be a multiple"),
     ("micro_batch=32", "config.micro_batch=32 is more than config.data.batch_size=16"),
     ("micro_batch_tokens=10", "config.micro_batch_tokens=10"),
-    ("objective.queue=2", "objective.symmetric=False"),
+    ("objective.weight=0.0", "config.objective.weight=0: there is no token loss either"),
+    ("tokens.name=mlm", "config.tokens.name='mlm' predicts what noise has picked; set config.noise.ops"),
+    ("noise.ops=[('musk',0.1)]", "config.noise.ops: no operation 'musk'; there are mask, replace"),
+    ("memory.kind=queue", "config.memory.kind='queue': needs config.objective.symmetric=False"),
     ("objective.name=siglip objective.label_smoothing=0.1", "config.objective.label_smoothing=0.1"),
     ("objective.matryoshka=[(64,1.0)]", "config.objective.matryoshka"),
     (

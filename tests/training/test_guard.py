@@ -15,11 +15,12 @@ from ml_collections import ConfigDict
 import contrastive_jax
 from contrastive_jax.config import UserError, default_config
 from contrastive_jax.data.batch import Batch
-from contrastive_jax.objectives.pairs import PairIds
-from contrastive_jax.training import guard, loop, metrics
+from contrastive_jax.objectives.objective import Given, Objective, PairIds
+from contrastive_jax.training import guard, loop, metrics, views
 from contrastive_jax.training import step as step_lib
-from contrastive_jax.training.memory import Recall
-from contrastive_jax.training.rows import Rows
+from contrastive_jax.training.memory import Encoded
+from contrastive_jax.training.noise import Vocabulary
+from contrastive_jax.training.views import Rows
 
 
 class Bad(NamedTuple):
@@ -28,17 +29,17 @@ class Bad(NamedTuple):
     where: str
     fixed_views: int = 0
 
-    def init(self, encoder: jax.Array) -> jax.Array:
+    def init(self, params: dict) -> jax.Array:
         return jnp.float32(0)
 
-    def before_step(self, state: jax.Array, rows: Rows, ids: PairIds, step: jax.Array, rng: jax.Array) -> Recall:
+    def before_step(self, state: jax.Array, rows: Rows, ids: PairIds, step: jax.Array, rng: jax.Array) -> tuple:
         total = state + rows.tokens.sum() + jnp.where((ids.document[0] == 7) & (self.where == "memory"), jnp.nan, 0.0)
-        return Recall(total, (), total)
+        return total, Given(keys=total)
 
-    def after_step(self, state: jax.Array, encoder: jax.Array) -> jax.Array:
+    def after_step(self, state: jax.Array, params: dict, step: jax.Array) -> jax.Array:
         return state
 
-    def shardings(self, encoder: object, batch: object) -> None:
+    def shardings(self, params: object, batch: object) -> None:
         return None
 
 
@@ -47,18 +48,18 @@ def test_a_step_that_is_not_finite_changes_nothing(where: str) -> None:
     def bad(ids: PairIds, name: str) -> jax.Array:
         return (ids.document[0] == 7) & (where == name)
 
-    def loss(z: jax.Array, ids: PairIds, params: dict, keys: jax.Array) -> tuple[jax.Array, dict]:
+    def loss(z: jax.Array, ids: PairIds, params: dict, given: Given) -> tuple[jax.Array, dict]:
         zero = params["scale"] - jax.lax.stop_gradient(params["scale"])
         root = jnp.sqrt(jnp.where(bad(ids, "gradient"), zero, 1.0))  # 0, whose gradient is infinite
         large = jnp.where(bad(ids, "parameters"), 1e18, 0.0) * zero
-        return ((z + keys) * params["scale"]).sum() + jnp.where(bad(ids, "loss"), jnp.nan, 0.0) + root + large, {}
+        return ((z + given.keys) * params["scale"]).sum() + jnp.where(bad(ids, "loss"), jnp.nan, 0.0) + root + large, {}
 
     leap = optax.stateless(lambda updates, _: jax.tree.map(lambda u: jnp.where(u > 1e17, jnp.inf, -0.1 * u), updates))
     optimizer = optax.chain(optax.trace(0.9), leap)
     train_step = step_lib.make_train_step(
-        encode=lambda params, rows, rng: rows.tokens[:, :, 0].astype(jnp.float32) * params,
-        loss=loss,
-        project=lambda params: params,
+        views=views.make_views(default_config(), Vocabulary(320, {})),
+        encode=lambda params, rows, rng: Encoded(rows.tokens[:, :, 0].astype(jnp.float32) * params["encoder"]),
+        objective=Objective(init=lambda rng: {}, loss=loss),
         memory=Bad(where),
         optimizer=optimizer,
         seed=0,
@@ -80,6 +81,11 @@ def test_a_step_that_is_not_finite_changes_nothing(where: str) -> None:
 def reported(temperature: float = 0.05, skipped: bool = False) -> dict:
     norms = {"loss": np.nan if skipped else 1.0, "gradient_norm": 1.0, "parameter_norm": 1.0}
     return norms | {"temperature": temperature, "skipped": skipped, "batch_digest": "abc"}
+
+
+def test_a_run_without_a_temperature_is_judged_too() -> None:
+    values = {name: value for name, value in reported().items() if name != "temperature"}
+    guard.Guard(default_config().guard, warmup_steps=20).steps(1, [values, values])
 
 
 def test_so_many_skipped_steps_in_a_row_stop_the_run() -> None:

@@ -48,6 +48,23 @@ def test_decay_and_rate_follow_the_first_matching_rule() -> None:
     np.testing.assert_allclose(updates["embedding"], 0)
 
 
+def test_row45_a_constant_rate_is_the_peak_at_every_step() -> None:
+    params = {"predictor": jnp.ones(3), "projector": jnp.ones(3)}
+    config = optim_config(
+        learning_rate=0.2,
+        warmup_steps=5,
+        weight_decay=0.5,
+        weight_decay_rules=((".*", 1.0),),
+        constant_rate_rules=(("predictor", 1.0), (".*", 0.0)),
+    )
+    optimizer, schedule = optim.make_optimizer(config, 20, params), optim.make_schedule(config, 20)
+    state = optimizer.init(params)
+    for step in range(20):
+        updates, state = optimizer.update(jax.tree.map(jnp.zeros_like, params), state, params)
+        np.testing.assert_allclose(updates["predictor"], -0.2 * 0.5, rtol=1e-6)
+        np.testing.assert_allclose(updates["projector"], -float(schedule(step)) * 0.5, rtol=1e-6)
+
+
 def test_clipping_and_adam_equal_a_plain_reference() -> None:
     config = optim_config(
         learning_rate=0.1, warmup_steps=0, schedule="constant", weight_decay=0.0, clip_norm=1.0, b1=0.9, b2=0.98

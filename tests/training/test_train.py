@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from absl import logging
-from conftest import RECIPES, command, evaluation, finish, peers, recipe, refusal, shrink, start, wait_for
+from conftest import command, evaluation, finish, peers, recipe, refusal, shrink, start, trace, wait_for
 from etils import epath
 from ml_collections import ConfigDict
 from transfers import like_an_accelerator
@@ -18,6 +18,7 @@ from transfers import like_an_accelerator
 import contrastive_jax
 from contrastive_jax import files
 from contrastive_jax.config import UserError, default_config
+from contrastive_jax.data import spans
 from contrastive_jax.runtime import digest, processes
 from contrastive_jax.runtime.checkpoint import Checkpoints
 from contrastive_jax.runtime.processes import PREEMPTED
@@ -31,7 +32,14 @@ def fit(config: ConfigDict, workdir: pathlib.Path, stop_at: int | None = None) -
     return [line for line in lines if "loss" in line]
 
 
-@pytest.mark.parametrize(("name", "argument"), RECIPES)
+# The recipes that are run here; test_every_recipe.py traces a step of the others, and with -m slow runs all.
+RUN = [
+    *(("debug", ""), ("moco", ""), ("declutr", ""), ("information", "mine"), ("information", "dim"), ("labelled", "rdrop")),
+    *(("mixers", "elmo"), ("noise", "infoword"), ("seq2seq", "t5"), ("seq2seq", "univae"), ("seq2seq", "simbert")),
+]
+
+
+@pytest.mark.parametrize(("name", "argument"), RUN)
 def test_every_recipe_runs_a_shrunk_step(name: str, argument: str, dataset: pathlib.Path, tmp_path: pathlib.Path) -> None:
     config = shrink(recipe(name, *[argument] * bool(argument)), dataset)
     config.steps = 3
@@ -54,13 +62,26 @@ def test_every_key_is_read(dataset: pathlib.Path, tmp_path: pathlib.Path, monkey
 
     monkeypatch.setattr(ConfigDict, "__getattr__", record)
     fit(config, tmp_path / "base")
-    config.objective.update(name="siglip", queue=2, symmetric=False)  # keys that only these read
+    config.objective.update(name="siglip", symmetric=False)  # keys that only these read
+    config.memory.kind, config.tokens.name, config.noise.ops = "queue", "mlm", (("mask", 0.15), ("infill", 0.1))
+    config.data.join = "both"
     config.model.local_window = 2
-    fit(config, tmp_path / "queue")
+    trace(config)
+    recipes = (
+        ("labelled", "rdrop"),
+        ("labelled", "cosine"),
+        ("information", "mine"),
+        ("seq2seq", "univae"),
+        ("distil", "tokens"),
+    )
+    for name, *argument in (*recipes, ("simsiam",)):
+        trace(recipe(name, *argument))
+    for config.data.sampler in spans.SAMPLERS:
+        spans.make_sampler(config.data)
     assert sorted(leaves - seen) == []
 
 
-@pytest.mark.parametrize("name", [pytest.param("debug", marks=pytest.mark.slow), "moco"])
+@pytest.mark.parametrize("name", ["moco", *(pytest.param(name, marks=pytest.mark.slow) for name in ("debug", "byol"))])
 def test_resume_is_exact_with_dropout(name: str, dataset: pathlib.Path, tmp_path: pathlib.Path) -> None:
     config = shrink(recipe(name), dataset)
     config.steps, config.model.dropout, config.checkpoint_every = 6, 0.3, 4
@@ -94,7 +115,7 @@ def test_the_log_says_once_what_the_order_of_the_data_is(
     with caplog.at_level("INFO", logger="absl"):
         setup = loop.set_up(shrink(recipe("debug"), dataset), epath.Path(tmp_path))
         next(loop.global_batches(setup, 0))
-    assert caplog.text.count("of the records have room for both") == 1
+    assert caplog.text.count("of the records have room for the longest") == 1
 
 
 def test_training_learns(dataset: pathlib.Path, tmp_path: pathlib.Path) -> None:
@@ -135,6 +156,8 @@ def test_embedding_metrics() -> None:
     assert values["effective_rank"] == pytest.approx(8)
     assert values["alignment"] == pytest.approx(2)
     assert values["uniformity"] == pytest.approx(-4)
+    alone = metrics.embedding_metrics(spread[:, :1])
+    assert alone == {name: value for name, value in values.items() if name != "alignment"}
 
 
 # What follows starts real processes.

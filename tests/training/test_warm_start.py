@@ -22,7 +22,7 @@ from contrastive_jax.training import build, loop
 
 def prepared(dataset: pathlib.Path, copy: pathlib.Path, tokenizer_json: pathlib.Path) -> pathlib.Path:
     """Copies the dataset, as if it were prepared with this tokenizer.json."""
-    shutil.copytree(dataset, copy)
+    shutil.copytree(dataset, copy, ignore=shutil.ignore_patterns("tokenizer.model"))
     shutil.copy(tokenizer_json, copy / "tokenizer.json")
     manifest = json.loads((copy / "manifest.json").read_text())
     loaded = tokenizer.load(copy)

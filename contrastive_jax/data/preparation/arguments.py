@@ -21,17 +21,21 @@ class Arguments(NamedTuple):
         all its documents; LIMIT is the most lines (@2000000) or text (@5GB).
       validation: files of the validation split, written like `input`; may be repeated.
       validation_fraction: without `validation`: the share of the documents, chosen by their hash, that form that split.
-      text_field: the field of the text, such as "article.body"; default: that of a known schema ("text", "content").
+      text_field: the field of the text, such as "article.body"; default: that of a known schema ("text", "content"). Of pairs
+        all fields, "question,passage"; of a .tsv or .csv without names the numbers of its columns, "2,3".
       domain_field: the field of the domain, such as "meta.source"; default: that of a known schema, or else the file's name.
       limit: for a trial: the most lines of a split (rows, examples), from the heads of its files; 0: all.
       tfds: instead of `input`: a TFDS dataset with a text feature, NAME or NAME/CONFIG.
       tfds_data_dir: the folder in which TFDS keeps it; default: TFDS's own.
       tfds_feature: its text feature; default: "text", or the only one.
+      pairs: instead of `input`: files of pairs of texts, which also may be .tsv and .csv; `validation` are pairs too.
+      label_field: of pairs: the field of the label; default: "label", "score" or another known name; pairs need not have one.
+      labels: of pairs: the names of the classes, separated by commas, whose numbers are 0, 1, ...; default: labels are numbers.
       python: instead of `input`: take the text of this Python installation.
       tokenizer: a SentencePiece .model, a tokenizer.json, or hf:FOLDER; default: train one on the text.
       vocab_size: the ids of a trained tokenizer, reserved ids included.
       sample_mb: the MB of text on which it is trained.
-      record_tokens: the most tokens of a record; a longer document gives several records.
+      record_tokens: the most tokens of a record; a longer document gives several records. A longer text of a pair is cut.
       part_mb: the MB of text that one task reads, and that one file shard holds; 0: by the size of the input, 8 to 256.
       min_characters: drop shorter documents; 0 sets no limit, here and in the other filters.
       max_characters: drop longer documents.
@@ -53,6 +57,9 @@ class Arguments(NamedTuple):
     tfds: str = ""
     tfds_data_dir: str = ""
     tfds_feature: str = ""
+    pairs: tuple[str, ...] = ()
+    label_field: str = ""
+    labels: str = ""
     python: bool = False
     tokenizer: str = ""
     vocab_size: int = 16384
@@ -81,11 +88,13 @@ def check_arguments(arguments: Arguments) -> None:
     Raises:
       UserError: a value is out of range, or two contradict each other.
     """
-    chosen = [name for name in ("input", "tfds", "python") if getattr(arguments, name)]
+    chosen = [name for name in ("input", "pairs", "tfds", "python") if getattr(arguments, name)]
     if len(chosen) != 1:
-        raise UserError(f"give one of --input, --tfds and --python, not {' and '.join(chosen) or 'none'}")
-    if arguments.validation and chosen != ["input"]:
-        raise UserError(f"--validation goes with --input, not with --{chosen[0]}; leave it out")
+        raise UserError(f"give one of --input, --pairs, --tfds and --python, not {' and '.join(chosen) or 'none'}")
+    if arguments.validation and chosen[0] not in ("input", "pairs"):
+        raise UserError(f"--validation goes with --input or --pairs, not with --{chosen[0]}; leave it out")
+    if (arguments.label_field or arguments.labels) and not arguments.pairs:
+        raise UserError("--label_field and --labels go with --pairs; leave them out")
     if not 0 < arguments.validation_fraction < 1:
         raise UserError(f"--validation_fraction={arguments.validation_fraction}: must lie between 0 and 1")
     if arguments.limit < 0:
@@ -108,6 +117,7 @@ def with_absolute_paths(arguments: Arguments) -> Arguments:
     """Returns the arguments with absolute paths: in another folder, the same relative path means other files."""
     return arguments._replace(
         input=tuple(absolute_input(value, "input") for value in arguments.input),
+        pairs=tuple(absolute_input(value, "pairs") for value in as_tuple(arguments.pairs)),
         validation=tuple(absolute_input(value, "validation") for value in arguments.validation),
         decontaminate=tuple(absolute_path(path) for path in split_at_commas(arguments.decontaminate)),
         tokenizer=absolute_tokenizer(arguments.tokenizer),

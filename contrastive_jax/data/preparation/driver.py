@@ -128,6 +128,7 @@ def build_dataset(driver: Driver, arguments: Arguments, plan: dict[str, Any], sh
     )
     written = driver.run("token", functools.partial(token_stage.token_piece, recipe), pieces, sizes)
     reports = {"decontamination": clean_stage.decontamination_report(work, arguments, hashed)}
+    reports |= manifest_lib.describe_pairs(shards, written)
     if arguments.leak_tokens:
         written, reports["leaks"] = leaks.take_out(driver, recipe, pieces, written)
     driver.progress.begin("finish")
@@ -260,7 +261,9 @@ def finish(
             for path in sorted(pathlib.Path(folder, "index").iterdir()):
                 with work.new_file(f"index/{path.name}") as target:
                     shutil.copyfile(path, target)
-    work.write("pile/1.0.0/features.json", manifest_lib.tfds_features(tokenizer.vocab_size).encode())
+    work.write(
+        "pile/1.0.0/features.json", manifest_lib.tfds_features(tokenizer.vocab_size, bool(plan["arguments"]["pairs"])).encode()
+    )
     work.write("pile/1.0.0/dataset_info.json", manifest_lib.tfds_info(file_shards).encode())
     write_rejects(work, len(hashed))
     manifest = manifest_lib.make_manifest(

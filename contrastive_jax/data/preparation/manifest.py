@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from contrastive_jax.data import FORMAT, token_type
+from contrastive_jax.data.prepared import label_range
 from contrastive_jax.data.raw.sources import Shard
 
 MANIFEST = "manifest.json"
@@ -142,18 +143,33 @@ def make_manifest(
     }
 
 
-def tfds_features(vocab_size: int) -> str:
+def describe_pairs(shards: Sequence[Shard], written: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the manifest's entries on pairs: how many fields each has, and the lowest and the highest label.
+
+    Args:
+      shards: the files of the input.
+      written: the outcomes of the stage "token".
+    """
+    if not shards[0].pair:
+        return {}
+    of_shards = [of_split["labels"] for outcome in written for of_split in outcome["file_shards"].values()]
+    return {"fields": shards[0].pair.size, "labels": label_range(of_shards)}
+
+
+def tfds_features(vocab_size: int, has_labels: bool) -> str:
     """Returns the features.json by which TFDS parses the records."""
     package = "tensorflow_datasets.core.features."
     text = {"pythonClassName": f"{package}text_feature.Text", "text": {}}
     tokens = {"dtype": token_type(vocab_size).name, "encoding": "bytes", "shape": {"dimensions": ["-1"]}}
+
+    def scalar(dtype: str) -> dict[str, Any]:
+        return {"pythonClassName": f"{package}scalar.Scalar", "tensor": {"dtype": dtype, "encoding": "none", "shape": {}}}
+
     features = {
         "document": text,
         "domain": text,
-        "position": {
-            "pythonClassName": f"{package}scalar.Scalar",
-            "tensor": {"dtype": "int32", "encoding": "none", "shape": {}},
-        },
+        "position": scalar("int32"),
+        **({"label": scalar("float32")} if has_labels else {}),
         "tokens": {"pythonClassName": f"{package}tensor_feature.Tensor", "tensor": tokens},
     }
     kind = {"pythonClassName": f"{package}features_dict.FeaturesDict", "featuresDict": {"features": features}}

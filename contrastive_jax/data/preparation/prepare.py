@@ -27,7 +27,14 @@ from contrastive_jax.data import FORMAT
 from contrastive_jax.data import tokenizer as tokenizer_lib
 from contrastive_jax.data.clean import decontamination
 from contrastive_jax.data.preparation import driver, stages, workspace
-from contrastive_jax.data.preparation.arguments import Arguments, as_json, as_tuple, check_arguments, with_absolute_paths
+from contrastive_jax.data.preparation.arguments import (
+    Arguments,
+    as_json,
+    as_tuple,
+    check_arguments,
+    split_at_commas,
+    with_absolute_paths,
+)
 from contrastive_jax.data.preparation.engine import LocalEngine
 from contrastive_jax.data.preparation.manifest import (
     MANIFEST,
@@ -41,6 +48,7 @@ from contrastive_jax.data.preparation.manifest import (
 from contrastive_jax.data.preparation.stage_progress import StageProgress, stage_names
 from contrastive_jax.data.preparation.work import WORK, Work
 from contrastive_jax.data.raw import inputs, losses, python_text
+from contrastive_jax.data.raw.pairs import PairFields
 from contrastive_jax.data.raw.sources import Shard
 from contrastive_jax.files import listing
 from contrastive_jax.files.transfer import INCOMPLETE
@@ -267,7 +275,8 @@ def is_input_there(before: dict[str, Any], arguments: Arguments) -> bool:
     """Returns False if the dataset was made with these arguments, and all files of its input have been removed since."""
     if arguments.python or arguments.tfds or before["arguments"] != as_json(arguments):
         return True
-    return any(listing.list_files(inputs.parse_input(value, "input").glob) for value in arguments.input + arguments.validation)
+    values = arguments.input + arguments.pairs + arguments.validation
+    return any(listing.list_files(inputs.parse_input(value, "input").glob) for value in values)
 
 
 def find_source(arguments: Arguments) -> Source:
@@ -284,13 +293,17 @@ def find_source(arguments: Arguments) -> Source:
             arguments.tfds, arguments.tfds_data_dir or None, arguments.tfds_feature or None, arguments.limit
         )
         return Source(shards, identity_of_files(shards), sha256)
-    options = arguments.text_field, arguments.domain_field, arguments.limit
-    train = inputs.file_shards(arguments.input, TRAIN if arguments.validation else "", "input", *options)
+    texts, labels = (tuple(split_at_commas(value)) for value in (arguments.text_field, arguments.labels))
+    pair = PairFields(texts, arguments.label_field, labels) if arguments.pairs else None
+    options = arguments.text_field, arguments.domain_field, arguments.limit, pair
+    name, patterns = ("pairs", arguments.pairs) if pair else ("input", arguments.input)
+    train = inputs.file_shards(patterns, TRAIN if arguments.validation else "", name, *options)
     validation = inputs.file_shards(arguments.validation, VALIDATION, "validation", *options)
     in_both = {shard.name for shard in train} & {shard.name for shard in validation}
     if in_both:
-        raise UserError(f"--input and --validation: both match {sorted(in_both)[0]}; change either glob")
+        raise UserError(f"--{name} and --validation: both match {sorted(in_both)[0]}; change either glob")
     shards = [shard._replace(order=order) for order, shard in enumerate(validation + train)]
+    shards = inputs.with_field_count(shards, pair) if pair else shards
     inputs.check_fields(shards)
     return Source(shards, identity_of_files(shards), sha256)
 

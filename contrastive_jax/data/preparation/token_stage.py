@@ -7,6 +7,7 @@ import array
 import collections
 import functools
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -48,9 +49,10 @@ class Columns:
         self._dtype = dtype
         self._tokens, self._keys = bytearray(), bytearray()
         self._domain, self._start, self._length, self._position = (array.array("q") for _ in range(4))
+        self._label = array.array("f")
 
-    def add(self, key: bytes, domain: int, ids: np.ndarray, record_tokens: int) -> int:
-        """Cuts a document into records; returns their number."""
+    def add(self, key: bytes, domain: int, ids: np.ndarray, record_tokens: int, label: float | None = None) -> int:
+        """Cuts a document into records; returns their number. `label` is that of a pair, or NaN; None for a document."""
         starts, before = range(0, len(ids), record_tokens), len(self._tokens) // self._dtype.itemsize
         for position in starts:
             self._start.append(before + position)
@@ -58,6 +60,7 @@ class Columns:
             self._position.append(position)
             self._domain.append(domain)
             self._keys += key
+            self._label.extend([] if label is None else [label])
         self._tokens += ids.tobytes()
         return len(starts)
 
@@ -80,6 +83,7 @@ class Columns:
                 self._keys[16 * number : 16 * number + 16].hex(),
                 self._domain[number],
                 self._position[number],
+                self._label[number] if self._label else None,
             )
 
 
@@ -110,6 +114,14 @@ def encode(tokens: Any, texts: Sequence[str], dtype: np.dtype) -> list[np.ndarra
     return [np.concatenate([next(following) for _ in range(count)]) if count > 1 else next(following) for count in counts]
 
 
+def encode_pairs(tokens: Any, documents: Sequence[Document], dtype: np.dtype, most: int) -> list[np.ndarray]:
+    """Returns the token ids of each pair: those of each field, `most` of them at most, and the id `eos`, which ends it."""
+    fields = [text for document in documents for text in document.fields]
+    end = np.array([tokens.reserved["eos"]], dtype)
+    ended = iter([np.concatenate([ids[:most], end]) for ids in encode(tokens, fields, dtype)])
+    return [np.concatenate([next(ended) for _ in document.fields]) for document in documents]
+
+
 def documents_of(recipe: Recipe, piece: Piece, rejects: Rejects) -> Iterator[list[Document]]:
     """Yields the documents of a piece that are kept, in batches, and counts the others that lack no text."""
     dropped, batch, size = dropped_places(recipe, piece), list[Document](), 0
@@ -136,12 +148,19 @@ def token_piece(recipe: Recipe, piece: Piece) -> Outcome:
     tokens, dtype = shared_tokenizer(recipe.root, recipe.tokenizer_sha256), token_type(recipe.vocab_size)
     columns = {split: Columns(dtype) for split in piece.file_shards}
     rejects, counts = Rejects(), collections.Counter[tuple[str, str, str]]()
+    longest = arguments.record_tokens
     for batch in documents_of(recipe, piece, rejects):
-        for document, ids in zip(batch, encode(tokens, [document.text for document in batch], dtype), strict=True):
+        encoded = (
+            encode_pairs(tokens, batch, dtype, longest)
+            if arguments.pairs
+            else encode(tokens, [document.text for document in batch], dtype)
+        )
+        for document, ids in zip(batch, encoded, strict=True):
             key, size = key_and_size(document.text)
             split, domain = split_of(key, document.shard, arguments.validation_fraction), document.domain
             counts[split, domain, "documents"] += 1
-            counts[split, domain, "records"] += columns[split].add(key, numbers[domain], ids, arguments.record_tokens)
+            whole = (len(ids), document.label) if arguments.pairs else (longest,)  # a pair is one record
+            counts[split, domain, "records"] += columns[split].add(key, numbers[domain], ids, *whole)
             counts[split, domain, "tokens"] += len(ids)
             counts[split, domain, "bytes"] += size
     return work.write_outcome(
@@ -179,16 +198,18 @@ def write_file_shard(
     """Writes records of a piece's split to the file `name`, and their index.
 
     Returns:
-      The number of records and of chunks, the bytes of the file shard, and a hash of its records. (The file is no measure of
-      its content: protocol buffers promise no order of the entries of a map.)
+      The number of records and of chunks, the bytes of the file shard, a hash of its records, and their lowest and highest
+      label. (The file is no measure of its content: protocol buffers promise no order of the entries of a map.)
     """
-    digest = hashlib.sha256()
+    digest, labels = hashlib.sha256(), array.array("f")
 
     def hashed_records() -> Iterator[Record]:
         for record in records:
+            label = "" if record.label is None else f" {record.label}"
+            labels.extend([] if record.label is None or math.isnan(record.label) else [record.label])
             digest.update(record.tokens.tobytes())
             digest.update(
-                f"\0{len(record.tokens)} {record.document} {record.position} {recipe.domains[record.domain]}\0".encode()
+                f"\0{len(record.tokens)} {record.document} {record.position} {recipe.domains[record.domain]}{label}\0".encode()
             )
             yield record
 
@@ -197,4 +218,5 @@ def write_file_shard(
         size = path.stat().st_size
     with work.new_file(index_file(piece.number, split)) as path, path.open("wb") as file:
         np.savez(file, **index._asdict())
-    return {"records": len(index.length), "chunks": len(index.chunk_size), "bytes": size, "hash": digest.hexdigest()}
+    counts = {"records": len(index.length), "chunks": len(index.chunk_size), "bytes": size}
+    return counts | {"hash": digest.hexdigest(), "labels": [min(labels), max(labels)] if labels else []}

@@ -20,7 +20,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from contrastive_jax.config import UserError
-from contrastive_jax.data.raw import schemas, sources, text_stream
+from contrastive_jax.data.raw import schemas, sources, tables, text_stream
+from contrastive_jax.data.raw.pairs import PairFields
 from contrastive_jax.data.raw.sources import Document, Part, Shard
 from contrastive_jax.data.raw.text_stream import DECOMPRESSORS
 from contrastive_jax.files import listing
@@ -63,7 +64,13 @@ def parse_input(value: str, flag: str) -> Input:
 
 
 def file_shards(
-    patterns: Iterable[str], split: str, flag: str, text_field: str = "", domain_field: str = "", limit: int = 0
+    patterns: Iterable[str],
+    split: str,
+    flag: str,
+    text_field: str = "",
+    domain_field: str = "",
+    limit: int = 0,
+    pair: PairFields | None = None,
 ) -> list[Shard]:
     """Returns the files of some inputs, sorted by name within each; a file that two of them match belongs to the first.
 
@@ -74,6 +81,7 @@ def file_shards(
       text_field: see `Shard`; so is `domain_field`.
       domain_field: the dotted path of the domain.
       limit: the most lines over all; 0: all.
+      pair: see `Shard`.
 
     Raises:
       UserError: a glob matches nothing, or a file that cannot be read.
@@ -87,13 +95,13 @@ def file_shards(
             hint = f"; if {source.domain}= belongs to the path, write ./{pattern}" if source.domain else ""
             raise UserError(f"--{flag}={pattern}: no file matches; check the path{folder or hint}")
         for file in matches:
-            if not file.name.endswith(SUFFIXES):
+            if not file.name.endswith(SUFFIXES + tables.SUFFIXES * bool(pair)):
                 raise UserError(
                     f"--{flag}={pattern}: {file.name} cannot be read; narrow the glob to names that end in .jsonl or .json, "
                     f"or in these with {', '.join(DECOMPRESSORS)}, or in .parquet"
                 )
         new = [
-            Shard(file.name, 0, split, None, file.size, file.version, source.domain, text_field, domain_field)
+            Shard(file.name, 0, split, None, file.size, file.version, source.domain, text_field, domain_field, pair=pair)
             for file in matches
             if file.name not in shards
         ]
@@ -135,6 +143,20 @@ def check_fields(shards: Sequence[Shard]) -> None:
         domains = {item.domain for item in items if isinstance(item, Document)}
         if shard.domain_field and domains == {schemas.UNKNOWN_DOMAIN}:
             raise UserError(f"--domain_field={shard.domain_field}: the first documents of {shard.name} lack it; check its name")
+
+
+def with_field_count(shards: list[Shard], pair: PairFields) -> list[Shard]:
+    """Returns the files of pairs with the number of fields that the first good line has; all others need as many.
+
+    Raises:
+      UserError: the first lines of the first file have no pair.
+    """
+    items = list(itertools.islice(sources.read(Part(shards[0], 0, 1 << 20, 1, 0, False)), 100))
+    first = next((item for item in items if isinstance(item, Document)), None)
+    if first is None:
+        reason = f" ({items[0]})" if items else ""
+        raise UserError(f"--pairs={shards[0].name}: no pair in its first lines{reason}; --text_field=A,B names the fields")
+    return [shard._replace(pair=pair._replace(size=len(first.fields))) for shard in shards]
 
 
 def window_bytes(shards: Sequence[Shard]) -> int:

@@ -9,6 +9,7 @@ import pyarrow
 import pyarrow.parquet
 
 from contrastive_jax.data.raw import schemas
+from contrastive_jax.data.raw.pairs import PairFields
 from contrastive_jax.files import listing
 
 ROWS = 128  # rows that are decoded at once
@@ -73,8 +74,8 @@ class ParquetTable:
       DamagedError: it is no Parquet file, or its end, where its structure is described, is missing.
     """
 
-    def __init__(self, name: str, text_field: str, domain_field: str):
-        """Opens a file of any storage, and reads its end; fields as for `schemas.content_of`."""
+    def __init__(self, name: str, text_field: str, domain_field: str, pair: PairFields | None = None):
+        """Opens a file of any storage, and reads its end; fields as for `sources.Shard`."""
         self._storage = StorageFile(name)
         with contextlib.ExitStack() as closing, damage(self._storage):
             closing.callback(self._storage.close)
@@ -82,7 +83,8 @@ class ParquetTable:
                 self._storage, buffer_size=BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
             )
             closing.pop_all()
-        wanted = [text_field] if text_field else [*schemas.TEXT_FIELDS]
+        of_text = [text_field] if text_field else [*schemas.TEXT_FIELDS]
+        wanted = pair.columns() if pair else of_text
         wanted += [domain_field] if domain_field else [path for field in schemas.DOMAIN_FIELDS for path in field]
         leaves = enumerate(self._file.schema.column(i).path for i in range(len(self._file.schema)))
         self._leaves = [(number, leaf) for number, leaf in leaves if any(is_within(leaf, path) for path in wanted)]

@@ -105,7 +105,7 @@ def _cut_table(shard: Shard, part_bytes: int) -> list[Part]:
     from contrastive_jax.data.raw import parquet  # takes a second, and most inputs need none
 
     try:
-        with contextlib.closing(parquet.ParquetTable(shard.name, shard.text_field, shard.domain_field)) as table:
+        with contextlib.closing(parquet.ParquetTable(shard.name, shard.text_field, shard.domain_field, shard.pair)) as table:
             groups = table.groups()
     except parquet.DamagedError:
         groups = []  # the reader says what is wrong

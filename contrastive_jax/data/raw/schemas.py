@@ -10,6 +10,7 @@ The schemas of known corpora are recognised without flags:
     code            {"content": ..., "lang" or "language": DOMAIN, ...}
 """
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -35,11 +36,13 @@ _NAME_PARTS = re.compile(
 
 
 class Content(NamedTuple):
-    """The text and the domain of a document; or, where `reason` is not empty, why there is no document."""
+    """The text and the domain of a document, of a pair also fields and label; or `reason`, why there is no document."""
 
     text: str
     domain: str
     reason: str = ""
+    fields: tuple[str, ...] = ()
+    label: float = math.nan
 
 
 def field_of(record: Mapping[str, Any], path: str) -> Any:
@@ -76,8 +79,11 @@ def content_of(record: Mapping[str, Any], text_field: str, domain_field: str, de
     domain = domain_of(record, domain_field, default)
     paths = (text_field,) if text_field else TEXT_FIELDS
     text = next((value for path in paths if (value := field_of(record, path)) is not None), None)
-    if text is None:
-        return Content("", domain, NO_TEXT)
+    return Content("", domain, NO_TEXT) if text is None else check_text(text, domain, default)
+
+
+def check_text(text: Any, domain: str, default: str) -> Content:
+    """Returns a text as a document, or why it is none; of a text that is no Unicode, `default` is the domain."""
     if not isinstance(text, str):
         return Content("", domain, "text is not a string")
     if not text.strip():

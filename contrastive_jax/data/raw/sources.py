@@ -9,15 +9,16 @@ reads; `data.raw.parts` cuts shards into them. No function holds more than one l
 
 import codecs
 import json
+import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import orjson
 from etils import epath
 
 from contrastive_jax.config import UserError
-from contrastive_jax.data.raw import schemas, text_stream
+from contrastive_jax.data.raw import pairs, schemas, tables, text_stream
 from contrastive_jax.data.raw.schemas import Content
 from contrastive_jax.data.raw.text_stream import DECOMPRESSORS, DamagedError, Frame, TextStream
 
@@ -40,6 +41,7 @@ class Shard(NamedTuple):
       domain_field: the dotted path of the domain, which is "unknown" where it is missing; "": that of a known schema.
       max_lines: the lines, rows or examples that are read from its head, bad ones included; 0: all.
       max_bytes: the bytes of text that are read from its head, up to the next end of a line; 0: all.
+      pair: where the texts of its pairs are; None: its lines are documents.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Shard(NamedTuple):
     domain_field: str = ""
     max_lines: int = 0
     max_bytes: int = 0
+    pair: pairs.PairFields | None = None
 
     @property
     def is_limited(self) -> bool:
@@ -88,12 +91,14 @@ class Part(NamedTuple):
 
 
 class Document(NamedTuple):
-    """One text, with its domain, shard and line; lines are numbered from 1."""
+    """One text, with its domain, shard and line; lines are numbered from 1. A pair also has fields, and a label or NaN."""
 
     text: str
     domain: str
     shard: Shard
     line: int
+    fields: tuple[str, ...] = ()
+    label: float = math.nan
 
 
 class Reject(NamedTuple):
@@ -180,7 +185,7 @@ class Reader:
             if content.reason:
                 yield Reject(shard, number, content.reason, domain, lost)
             else:
-                yield Document(content.text, domain, shard, number)
+                yield Document(content.text, domain, shard, number, content.fields, content.label)
         if is_empty and part.line == 1 and part.is_last:
             yield Reject(shard, 0, "empty shard", default)
 
@@ -197,7 +202,7 @@ class Reader:
                 position, file_position = stream.position, stream.file_position
                 if line is None:
                     yield number, Content("", default, f"line longer than {text_stream.MAX_LINE_BYTES >> 20} MB"), 0
-                elif line and not line.isspace():
+                elif line and not line.isspace() and not (number == 1 and has_header(shard)):
                     content = _parse(line, shard, default)
                     del line  # a long one takes much memory
                     yield number, content, 0
@@ -232,7 +237,7 @@ class Reader:
         if not isinstance(self._stream, parquet.ParquetTable) or self._shard != shard:
             self.close()
             try:
-                self._stream = parquet.ParquetTable(shard.name, shard.text_field, shard.domain_field)
+                self._stream = parquet.ParquetTable(shard.name, shard.text_field, shard.domain_field, shard.pair)
             except parquet.DamagedError as error:
                 yield 0, Content("", default, f"{DAMAGED}: {error}"), shard.size
                 return
@@ -246,7 +251,7 @@ class Reader:
             try:
                 for record in table.rows(number, row - group_start, end - group_start):
                     row += 1
-                    yield row, _content_of_row(record, shard, default), 0
+                    yield row, _content_of(record, shard, default), 0
             except parquet.DamagedError as error:
                 lost = group.file_bytes * (group_end - row) // group.rows
                 yield row + 1, Content("", default, f"{DAMAGED}: {error}"), lost
@@ -273,7 +278,9 @@ class Reader:
 
 
 def _parse(line: bytes, shard: Shard, default: str) -> Content:
-    """Returns the document in a line of JSON, or why there is none."""
+    """Returns the document in a line of JSON or of a table, or why there is none."""
+    if tables.is_table(shard.name):
+        return _content_of(tables.record_of(line, shard.name, shard.version, has_header(shard)), shard, default)
     try:
         record = orjson.loads(line)
     except ValueError:
@@ -281,16 +288,23 @@ def _parse(line: bytes, shard: Shard, default: str) -> Content:
         try:
             record = json.loads(line.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
         except UnicodeDecodeError:
-            return Content("", default, "invalid UTF-8")
+            return _content_of(None, shard, default)
         except (ValueError, RecursionError):
             return Content("", default, NOT_JSON)
     if not isinstance(record, dict):
         return Content("", default, NO_OBJECT)
-    return schemas.content_of(record, shard.text_field, shard.domain_field, default)
+    return _content_of(record, shard, default)
 
 
-def _content_of_row(row: dict[str, Any] | None, shard: Shard, default: str) -> Content:
-    """Returns the document in a row of a table, or why there is none."""
-    if row is None:
+def has_header(shard: Shard) -> bool:
+    """Returns whether the first line of the shard names its columns."""
+    return tables.is_table(shard.name) and not (shard.pair and all(path.isdigit() for path in shard.pair.text or ("",)))
+
+
+def _content_of(record: Mapping[str, Any] | None, shard: Shard, default: str) -> Content:
+    """Returns the document or the pair in a record, or why there is none; None stands for a record that is not UTF-8."""
+    if record is None:
         return Content("", default, "invalid UTF-8")
-    return schemas.content_of(row, shard.text_field, shard.domain_field, default)
+    if shard.pair:
+        return pairs.content_of(record, shard.pair, shard.domain_field, default)
+    return schemas.content_of(record, shard.text_field, shard.domain_field, default)
