@@ -1,4 +1,4 @@
-"""Trains all systems at one budget and compares them: the query-key test, STS, a probe, minutes.
+"""Trains all systems at one budget and compares them: the query-key test, STS, a probe, CPU minutes.
 
   python -m benchmarks.systems --data=DIR --output=build/systems --tasks=sts=STSB,probe=TREC --seeds=0,1,2
 
@@ -164,9 +164,9 @@ def config_of(system: System, seed: int, folder: pathlib.Path) -> ConfigDict:
 
 
 def run(system: System, seed: int) -> dict[str, float]:
-    """Trains and scores a row; returns its scores, the last metrics of its embeddings, and its minutes."""
+    """Trains and scores a row; returns its scores, the last metrics of its embeddings, and its minutes of CPU time."""
     folder = pathlib.Path(OUTPUT.value) / f"seed{seed}"
-    began = time.monotonic()
+    began = time.process_time()
     try:
         contrastive_jax.train(config_of(system, seed, folder), folder / system.name)
     except StoppedError as error:
@@ -176,7 +176,7 @@ def run(system: System, seed: int) -> dict[str, float]:
     metrics = {name: value for line in lines for name, value in line.items() if "/" in name or name in names}
     if is_labelled(system):  # its held-out texts are other ones, and so this test is another
         metrics = {name: value for name, value in metrics.items() if not name.startswith("query_key/")}
-    return metrics | {"minutes": (time.monotonic() - began) / 60}
+    return metrics | {"minutes": (time.process_time() - began) / 60}
 
 
 def token_scores(workdir: pathlib.Path, batches: int = 10) -> dict[str, float]:
@@ -248,7 +248,7 @@ def means(results: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
 
 def table(rows: dict[str, dict[str, float]], titles: dict[str, str]) -> str:
     """Returns the Markdown table, with scores in percent."""
-    lines = [f"| system | {' | '.join(titles.values())} | std | rank | minutes |", "|---|" + "---|" * (len(titles) + 3)]
+    lines = [f"| system | {' | '.join(titles.values())} | std | rank | CPU minutes |", "|---|" + "---|" * (len(titles) + 3)]
     for name in [name for name in ("TF-IDF", *(system.name for system in SYSTEMS)) if name in rows]:
         scores = [f"{100 * rows[name][measure]:.1f}" if measure in rows[name] else "–" for measure in titles]
         std, rank, minutes = (rows[name].get(key, np.nan) for key in ("embedding_std", "effective_rank", "minutes"))
