@@ -107,9 +107,12 @@ def train_bag(changes: dict[str, Any], workdir: pathlib.Path) -> list[dict[str, 
 def open_results(path: pathlib.Path, protocol: dict[str, Any]) -> dict[str, Any]:
     """Returns {"protocol", "rows"} as a benchmark kept them at `path`, or without rows where there is nothing yet.
 
+    The folder of `path` is made.
+
     Raises:
       app.UsageError: they are of another protocol.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     stored: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"protocol": protocol, "rows": {}}
     if stored["protocol"] != protocol:
         raise app.UsageError(f"{path} is of {stored['protocol']}; give another --output")

@@ -5,8 +5,8 @@
 DIR is prepared by `prepare --python --vocab_size=8192 --validation_fraction=0.1`. A row of SYSTEMS is a recipe with overrides,
 trained for the same steps on the same data, as a bag of embeddings or, where a system needs token states, with one block. A
 row that is done is kept in OUTPUT/results.json, so that a run started again goes on, and a new row costs only itself. Writes
-OUTPUT/systems.md and systems.png, and says which gates are met. A bag takes 1 to 3 minutes a row and seed on one core of a busy
-machine; --rows=simsiam,byol runs some of them.
+OUTPUT/systems.md and systems.png, and says which gates are met. A bag takes 1 to 3 minutes per row and seed on one core of a
+busy machine; --rows=simsiam,byol runs some of them.
 
 Rows of labelled pairs need --labelled=DIR, of scores from 0 to 5: `prepare --pairs=STSB/train.tsv --validation=STSB/dev.tsv
 --text_field=2,3 --label_field=1 --tokenizer=DIR`. They start from the row infonce.
@@ -248,16 +248,17 @@ def means(results: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
 
 def table(rows: dict[str, dict[str, float]], titles: dict[str, str]) -> str:
     """Returns the Markdown table, with scores in percent."""
-    lines = [f"| system | {' | '.join(titles.values())} | std | rank | CPU minutes |", "|---|" + "---|" * (len(titles) + 3)]
+    lines = []
     for name in [name for name in ("TF-IDF", *(system.name for system in SYSTEMS)) if name in rows]:
         scores = [f"{100 * rows[name][measure]:.1f}" if measure in rows[name] else "–" for measure in titles]
         std, rank, minutes = (rows[name].get(key, np.nan) for key in ("embedding_std", "effective_rank", "minutes"))
-        lines.append(f"| {name} | {' | '.join(scores)} | {std:.2f} | {rank:.0f} | {minutes:.1f} |".replace(" nan ", " – "))
-    return "\n".join(lines) + "\n"
+        numbers = [f"{std:.2f}", f"{rank:.0f}", f"{minutes:.1f}"]
+        lines.append([name, *scores, *("–" if number == "nan" else number for number in numbers)])
+    return common.table(["system", *titles.values(), "std", "rank", "CPU minutes"], lines)
 
 
 def plot(rows: dict[str, dict[str, float]], path: pathlib.Path) -> None:
-    """Writes the plot of query-key top-5, a bar a row."""
+    """Writes the plot of query-key top-5, one bar per row."""
     plt.switch_backend("Agg")  # needs no display
     names = [system.name for system in SYSTEMS if "query_key/mean/top5" in rows.get(system.name, {})]
     figure, axis = plt.subplots(figsize=(6, 1 + 0.25 * len(names)), layout="constrained")
@@ -283,7 +284,6 @@ def main(argv: list[str]) -> None:
     del argv
     logging.set_verbosity(logging.ERROR)
     folder = pathlib.Path(OUTPUT.value)
-    folder.mkdir(parents=True, exist_ok=True)
     kept = folder / "results.json"
     protocol = {"data": DATA.value, "steps": STEPS.value, "pairs": PAIRS.value, "tasks": TASKS.value}
     stored = common.open_results(kept, protocol)

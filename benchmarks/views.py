@@ -67,7 +67,6 @@ def main(argv: list[str]) -> None:
     del argv
     logging.set_verbosity(logging.ERROR)
     folder = pathlib.Path(OUTPUT.value)
-    folder.mkdir(parents=True, exist_ok=True)
     kept = folder / "results.json"
     stored = common.open_results(kept, {"data": DATA.value, "steps": STEPS.value, "pairs": PAIRS.value, "tasks": TASKS.value})
     for distance in DISTANCES.value:

@@ -13,6 +13,7 @@ from configs import debug
 from contrastive_jax.config import with_variant
 
 ALONE = {"objective.weight": 0.0, "guard.effective_rank_stop": 0.0, "guard.embedding_std_stop": 0.0}
+# 20 places are enough for 15 % of two joined spans.
 MLM = ALONE | {"noise.ops": (("mask", 0.15),), "tokens.name": "mlm", "tokens.head": "mlp", "tokens.positions": 20}
 NEXT_SENTENCE = {"data.random_next": 0.5, "objective.name": "softmax", "objective.weight": 1.0}
 TWO_TEXTS = {"data.join": "next", "data.order": "kept", "model.part_mask": "full", "model.pooling": "cls"}
