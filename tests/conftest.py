@@ -4,7 +4,9 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # The programs of the tests are small: compiling them well costs more than running them.
-XLA_FLAGS = "--xla_force_host_platform_device_count={} --xla_backend_optimization_level=0"
+XLA_FLAGS = (
+    "--xla_force_host_platform_device_count={} --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+)
 os.environ["XLA_FLAGS"] = XLA_FLAGS.format(8)
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")

@@ -24,6 +24,7 @@ def test_m10_mine_finds_the_information_of_gaussians() -> None:
     assert measure(np.concatenate([x, noise], axis=1), parts) == pytest.approx(0, abs=0.02)
 
 
+@pytest.mark.slow
 def test_m10_mine_finds_information_without_correlation() -> None:
     x, noise = np.random.default_rng(0).normal(size=(2, 10_000))
     # |x| decides y up to noise: E[x y] = 0, and a quadratic form of (x, y) sees nothing.

@@ -133,7 +133,9 @@ def test_row59_m16_a_mixer_equals_numpy_and_never_sees_padding(mixer: str) -> No
     assert mixer == "external" or np.abs(apply(params, order, mask)[3] - z[3]).max() > 1e-5, bag  # order matters
 
 
-@pytest.mark.parametrize("mixer", NAMES)
+@pytest.mark.parametrize(
+    "mixer", [name if name in ("gmlp", "lstm") else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
 def test_row59_a_mixer_trains_on_a_mesh_as_on_one_device(mixer: str) -> None:
     """With dropout by row, remat, either loop, and rows in parts: the same vectors and gradients."""
     tokens, mask = (np.concatenate([x, x]) for x in make_rows())

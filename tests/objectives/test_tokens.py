@@ -86,7 +86,8 @@ def test_row47_replaced_tokens_equal_the_binary_cross_entropy(head: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("name", "weight"), [("mlm", 0.0), ("replaced", 2.0), pytest.param("bilm", 0.0, marks=pytest.mark.slow)]
+    ("name", "weight"),
+    [("mlm", 2.0), *(pytest.param(*each, marks=pytest.mark.slow) for each in (("replaced", 2.0), ("bilm", 0.0)))],
 )
 def test_a_step_with_a_token_loss_is_the_same_on_any_mesh_cached_and_direct(name: str, weight: float, dataset: str) -> None:
     config = shrink(recipe("debug"), dataset)
@@ -98,7 +99,7 @@ def test_a_step_with_a_token_loss_is_the_same_on_any_mesh_cached_and_direct(name
         config.model.update(num_layers=1, mixer="lstm", mlp="none", norm="affine", position="none", zero_init_branches=False)
     host = next(pipeline.batches(prepared.open_split(dataset, "train"), config.data, 0))
     found = []
-    for devices, micro_batch in ((1, 0), (1, 6), (4, 8), (4, 0)):
+    for devices, micro_batch in ((1, 0), (4, 8)):
         config.micro_batch = micro_batch
         mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
         run = build.build(config, mesh, 320, RESERVED)

@@ -19,7 +19,10 @@ def step(config: ConfigDict, dataset: str, devices: int) -> tuple:
     return run.train_step(run.init(), sharding.to_global(host, np.arange(16), 16, mesh))
 
 
-@pytest.mark.parametrize(("variant", "vectors"), [("dim", 9), ("cpc", 4), ("mine", 2)])
+@pytest.mark.parametrize(
+    ("variant", "vectors"),
+    [("dim", 9), pytest.param("cpc", 4, marks=pytest.mark.slow), pytest.param("mine", 2, marks=pytest.mark.slow)],
+)
 def test_row52_a_step_is_the_same_on_any_mesh_and_in_micro_batches(variant: str, vectors: int, dataset: str) -> None:
     config, values = shrink(recipe("information", variant), dataset), []
     config.model.update(dropout=0.2, zero_init_branches=False)

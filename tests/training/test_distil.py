@@ -117,7 +117,7 @@ def test_row56_a_teacher_of_another_size_stays_as_it_was(
 
 def test_row56_one_and_eight_devices_and_micro_batches_agree(data: pathlib.Path, teacher: pathlib.Path) -> None:
     seen = []
-    for devices, micro_batch, fsdp in ((1, 0, 1), (8, 0, 2), (8, 8, 1)):
+    for devices, micro_batch, fsdp in ((1, 0, 1), (8, 8, 2)):
         config = student(data, str(teacher))
         config.mesh.update(data=devices // fsdp, fsdp=fsdp)
         config.micro_batch = micro_batch

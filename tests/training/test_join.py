@@ -158,7 +158,7 @@ def test_row57_a_seq2seq_gradient_reaches_the_first_text_through_its_first_token
     assert ((gradient[:, 1:] > 0) & (segment[:, 1:] == 1)).any() == (part_mask == "prefix")
 
 
-@pytest.mark.parametrize("variant", ["simbert", "t5"])
+@pytest.mark.parametrize("variant", ["simbert", pytest.param("t5", marks=pytest.mark.slow)])
 def test_row54_row57_a_joined_step_is_the_same_on_any_mesh_cached_and_direct(variant: str, dataset: str) -> None:
     config = shrink(recipe("seq2seq", variant), dataset)
     host = next(pipeline.batches(prepared.open_split(dataset, "train"), config.data, 0))

@@ -342,7 +342,7 @@ def test_compositions_are_all_equally_likely() -> None:
     assert all(sum(c) == 7 and min(c[:4]) > 0 for c in counts)
 
 
-@pytest.mark.parametrize(("name", "micro_batch"), [("mlm", 0), ("replaced", 8)])
+@pytest.mark.parametrize(("name", "micro_batch"), [("mlm", 0), pytest.param("replaced", 8, marks=pytest.mark.slow)])
 def test_row50_token_heads_run_on_noisy_views_alone_and_change_nothing(
     name: str, micro_batch: int, dataset: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,9 +37,12 @@ RUN = [
     *(("debug", ""), ("moco", ""), ("declutr", ""), ("information", "mine"), ("information", "dim"), ("labelled", "rdrop")),
     *(("mixers", "elmo"), ("noise", "infoword"), ("seq2seq", "t5"), ("seq2seq", "univae"), ("seq2seq", "simbert")),
 ]
+QUICK = [("debug", ""), ("moco", ""), ("labelled", "rdrop"), ("seq2seq", "t5")]
 
 
-@pytest.mark.parametrize(("name", "argument"), RUN)
+@pytest.mark.parametrize(
+    ("name", "argument"), [each if each in QUICK else pytest.param(*each, marks=pytest.mark.slow) for each in RUN]
+)
 def test_every_recipe_runs_a_shrunk_step(name: str, argument: str, dataset: pathlib.Path, tmp_path: pathlib.Path) -> None:
     config = shrink(recipe(name, *[argument] * bool(argument)), dataset)
     config.steps = 3
