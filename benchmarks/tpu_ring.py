@@ -16,6 +16,7 @@ from absl import app, flags
 
 from benchmarks import common
 from contrastive_jax.config import default_config
+from contrastive_jax.objectives import pairs
 from contrastive_jax.planning import hardware, plan
 from contrastive_jax.runtime import sharding
 
@@ -60,7 +61,7 @@ def compile_loss() -> Any:
     target = hardware.parse_target(TARGET.value)
     plan.configure_compilers(target)
     mesh = sharding.make_mesh(default_config().mesh, hardware.describe_devices(target))
-    config = default_config().objective
+    config = pairs.pair_config(default_config())
     config.update(where=WHERE.value, dtype=DTYPE.value, block=BLOCK.value)
     shapes = common.loss_shapes(BATCH.value, DIM.value, mesh)
     return common.loss_and_gradients(config, DIM.value, mesh).lower(*shapes).compile()

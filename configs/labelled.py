@@ -13,7 +13,7 @@ from configs import debug
 from contrastive_jax.config import with_variant
 
 VARIANTS = {
-    "infonce": {"data.views": 3, "objective.hard_negatives": 1},
+    "infonce": {"data.views": 3, "data.hard_negatives": 1},
     "softmax": {"objective.name": "softmax"},
     "rdrop": {"objective.name": "softmax", "data.copies": 2, "labels.rdrop": 4.0},
     "cosent": {"objective.name": "cosent"},

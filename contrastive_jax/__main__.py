@@ -8,6 +8,7 @@ COMMANDS = {
     "train": "train an encoder, or continue a run",
     "evaluate": "score a model on tasks; compare two results",
     "encode": "turn a file of texts into a file of vectors",
+    "mine": "find hard negatives for a file of pairs",
     "generate": "write texts like those in a file, as pairs for training",
     "export": "write a run as a sentence-transformers folder",
     "report": "make one HTML page of runs and results",

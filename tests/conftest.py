@@ -63,11 +63,12 @@ def write_dataset(
             # A topic per record: neighbouring spans share rare tokens, so that there is something to learn.
             topic = rng.integers(8, VOCAB, size=12)
             tokens = np.where(rng.random(length) < 0.5, rng.choice(topic, length), rng.integers(8, VOCAB, length))
-            document, label = number // 2, None
+            document, numbers = number // 2, None
             if "fields" in more:  # three texts, each of which ends with the id eos
-                tokens[length // 3], tokens[2 * length // 3], tokens[-1], label = 2, 2, 2, float(number % 2)
+                tokens[length // 3], tokens[2 * length // 3], tokens[-1] = 2, 2, 2
+                numbers = (float(number % 2), 1.0, 1.0)
             key = f"{document:08x}{'0' * 24}"
-            records.append(store.Record(tokens, key, document % len(domains), number % 2 * 96, label))
+            records.append(store.Record(tokens, key, document % len(domains), number % 2 * 96, numbers))
         indexes = []
         for number, shard in enumerate((records[: len(records) // 2], records[len(records) // 2 :])):
             path = root / store.NAME.format(split=split, number=number, count=2)
@@ -86,6 +87,9 @@ def shrink(config: ConfigDict, dataset: pathlib.Path) -> ConfigDict:
     eight = dict(num_layers=layers, d_model=16, num_heads=4, num_kv_heads=4, head_dim=4, d_ff=32)
     config.model.update(eight)
     config.data.update(dir=str(dataset), batch_size=16, length=24, min_span=6, max_span=20, max_gap=min(config.data.max_gap, 3))
+    if config.data.sampler == "fields":  # the pairs of the fixture have a positive and a hard negative
+        config.data.update(views=min(config.data.views, 3), hard_negatives=min(config.data.hard_negatives, 1))
+        config.data.query_length = min(config.data.query_length, 20)
     config.model.latent_layers = max(min(config.model.latent_layers, layers), 1)
     if config.model.mixer != "attention":
         config.model.max_length = 24  # every row is padded to it
@@ -216,7 +220,11 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     sizes = {"train": rng.integers(5, 97, 150).tolist(), "validation": rng.integers(40, 97, 60).tolist()}
     folder = write_dataset(tmp_path_factory.mktemp("prepared"), sizes)
     write_dataset(
-        folder / "pairs", {split: [max(9, n) for n in lengths] for split, lengths in sizes.items()}, fields=3, labels=[0.0, 1.0]
+        folder / "pairs",
+        {split: [max(9, n) for n in lengths] for split, lengths in sizes.items()},
+        fields=3,
+        hard_negatives=1,
+        labels=[0.0, 1.0],
     )
     trained = tokenizer.train([f"The cat {i} sat on a mat. A dog {i * i} ran!" for i in range(80)], VOCAB)
     for root in (folder, folder / "pairs"):

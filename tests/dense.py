@@ -29,6 +29,8 @@ def negatives(config: ConfigDict, ids: PairIds, shards: int) -> tuple[np.ndarray
                 ok = keep[i] and keep[j] and i // (b // shards) == j // (b // shards) and (i != j or hard)
                 if config.mask_same_document and not hard:
                     ok = ok and doc[i] != doc[j]
+                if doc[j] < -1 and doc[i] == doc[j]:  # a source without in-batch negatives
+                    ok = ok and i == j and hard
                 if config.mask_duplicates:
                     of_key = {text[j, 1 + c]} if hard else set(text[j, : 1 + p].tolist())
                     ok = ok and not of_key & set(text[i, : 1 + p].tolist())
@@ -36,12 +38,16 @@ def negatives(config: ConfigDict, ids: PairIds, shards: int) -> tuple[np.ndarray
     return allowed, keep
 
 
-def loss(config: ConfigDict, z: jax.Array, ids: PairIds, params: dict, shards: int = 1) -> jax.Array:
+def loss(
+    config: ConfigDict, z: jax.Array, ids: PairIds, params: dict, shards: int = 1, guide: jax.Array | None = None
+) -> jax.Array:
     """The loss float32[] of z[b v e]; shards > 1: negatives come from one's own share of the batch alone."""
-    return parts(config, z, ids, params, shards).sum()
+    return parts(config, z, ids, params, shards, guide).sum()
 
 
-def parts(config: ConfigDict, z: jax.Array, ids: PairIds, params: dict, shards: int = 1) -> jax.Array:
+def parts(
+    config: ConfigDict, z: jax.Array, ids: PairIds, params: dict, shards: int = 1, guide: jax.Array | None = None
+) -> jax.Array:
     """What each anchor and each positive contributes to the loss; they may have either sign and cancel."""
     allowed, keep = negatives(config, ids, shards)
     p = ids.span_hash.shape[1] - 1 - config.hard_negatives
@@ -49,27 +55,52 @@ def parts(config: ConfigDict, z: jax.Array, ids: PairIds, params: dict, shards: 
     for size, weight in config.matryoshka or ((z.shape[-1], 1.0),):
         prefix = z[..., :size]
         prefix = prefix / jnp.sqrt(jnp.square(prefix).sum(-1, keepdims=True)) if size < z.shape[-1] else prefix
-        of_prefixes.append(weight * parts_of_prefix(config, prefix, jnp.asarray(allowed), jnp.asarray(keep), p, params))
+        judge = guide if config.mask_guide else prefix
+        of_prefixes.append(weight * parts_of_prefix(config, prefix, judge, jnp.asarray(allowed), jnp.asarray(keep), p, params))
         weights += weight
     return jnp.concatenate(of_prefixes) / weights
 
 
-def parts_of_prefix(config: ConfigDict, z: jax.Array, allowed: jax.Array, keep: jax.Array, p: int, params: dict) -> jax.Array:
-    """The parts of one prefix of the embeddings."""
-    b = len(z)
-    similarity = jnp.einsum("ie,jce->ijc", z[:, 0], z[:, 1:])
+def parts_of_prefix(
+    config: ConfigDict, z: jax.Array, judge: jax.Array, allowed: jax.Array, keep: jax.Array, p: int, params: dict
+) -> jax.Array:
+    """The parts of one prefix of the embeddings; `judge` has those whose similarities mask_margin is about."""
+    b, own = len(z), jnp.arange(len(z))
+    similarity = jnp.einsum("iae,jce->iajc", z, z)  # of view a of pair i and view c of pair j
     s = similarity / jnp.exp(params["log_temperature"]) + params.get("bias", 0.0)
-    own, own_similarity = (x[jnp.arange(b), jnp.arange(b), :p] for x in (s, similarity))  # [b p]
-    in_rows = in_columns = allowed
+    positive = s[own, 0, own, 1 : 1 + p]  # [b p]
+    same = jnp.eye(b, dtype=bool)[:, :, None]
+    # Who is whose negative, [i a j c]: with hard negatives of one's own pair for the query alone.
+    other = allowed & ~same
+    among = jnp.stack([jnp.concatenate([other[..., :1], keys], axis=2) for keys in (allowed, *[other] * (z.shape[1] - 1))], 1)
     if config.mask_margin is not None:
-        in_rows = allowed & (similarity <= (own_similarity.max(1) + config.mask_margin)[:, None, None])
-        limit = jnp.concatenate([own_similarity + config.mask_margin, jnp.full((b, allowed.shape[2] - p), jnp.inf)], axis=1)
-        in_columns = allowed & (similarity <= limit)
-    directions = [losses(config, own, s.reshape(b, 1, -1), in_rows.reshape(b, 1, -1))]
-    if config.symmetric and config.name in ("infonce", "flatnce", "dcl"):
-        # Anchors are the keys of a positive: [j p i].
-        directions.append(losses(config, own, s.transpose(1, 2, 0)[:, :p], in_columns.transpose(1, 2, 0)[:, :p]))
-    return jnp.stack([jnp.where(keep[:, None], value, 0) / (keep.sum() * p * len(directions)) for value in directions]).ravel()
+        judged = jax.lax.stop_gradient(jnp.einsum("iae,jce->iajc", judge, judge))
+        right = judged[own, 0, own, 1 : 1 + p]
+        limit = right + config.mask_margin * (jnp.abs(right) if config.mask_relative else 1)
+        limit = jnp.concatenate([limit.max(1, keepdims=True), limit], axis=1)[:, :, None, None]
+        among = among.at[:, : 1 + p].set(among[:, : 1 + p] & (judged[:, : 1 + p] <= limit))
+    hardness = jnp.where(same, config.hardness_own, config.hardness)
+    shifted = s[:, 0, :, 1:] + jax.lax.stop_gradient(similarity[:, 0, :, 1:]) * hardness
+    to_documents = (shifted.reshape(b, 1, -1), among[:, 0, :, 1:].reshape(b, 1, -1))
+    documents = slice(1, 1 + p)
+    to_queries = (s[:, documents, :, 0], among[:, documents, :, 0])
+    directions = [to_documents]
+    if config.joint:
+        found = {  # the positive is among the documents' queries
+            "document_query": (to_queries[0], to_queries[1] | jnp.eye(b, dtype=bool)[:, None]),
+            "query_query": (s[:, :1, :, 0], among[:, :1, :, 0]),
+            "document_document": tuple(x[:, documents, :, 1:].reshape(b, p, -1) for x in (s, among)),
+        }
+        joined = [to_documents, *(found[name] for name in config.joint)]
+        logits, allowed = (
+            jnp.concatenate([jnp.broadcast_to(found[part], (b, p, found[part].shape[2])) for found in joined], axis=2)
+            for part in (0, 1)
+        )
+        directions = [(logits, allowed)]
+    elif config.symmetric and config.name in ("infonce", "flatnce", "dcl"):
+        directions.append(to_queries)
+    values = [losses(config, positive, *direction) for direction in directions]
+    return jnp.stack([jnp.where(keep[:, None], value, 0) / (keep.sum() * p * len(values)) for value in values]).ravel()
 
 
 def losses(config: ConfigDict, positive: jax.Array, others: jax.Array, allowed: jax.Array) -> jax.Array:

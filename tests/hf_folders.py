@@ -34,7 +34,7 @@ TEXTS = ["the cat sat on a mat", "a red hat", "one big dog ran", "blue"]
 SMALL = dict(num_layers=2, d_model=16, num_heads=4, num_kv_heads=4, head_dim=4, d_ff=24, attention="plain", dtype="float32")
 # Family of an export → a recipe of that family, and what a small run of it changes in config.model.
 EXPORTED: dict[str, tuple[str, dict]] = {
-    "bert": ("bert_base", {}),
+    "bert": ("bert_base", {"dense": ((12, "tanh", True), (8, "identity", False))}),
     "gpt2": ("cpt_text", {"mlp": "gelu_exact"}),
     "modernbert": ("modern_base", {}),
     "starcoder2": ("debug", {"final_norm": True, "num_kv_heads": 2, "embedding_dim": 8}),

@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT, write_dataset
+from hf_folders import WORDS, write_folder
 
 from benchmarks import common
 
@@ -32,7 +33,7 @@ def test_every_benchmark_says_how_to_run_it() -> None:
 @pytest.mark.slow
 def test_loss_memory() -> None:
     lines = run("loss_memory", "--dim=8", "--devices=2", "--batches=64", "--timed=64", "--repeats=1", "--block=16")
-    assert lines[-1].split()[0] == "64" and lines[-1].count("ms") == 4
+    assert lines[-1].split()[0] == "64" and lines[-1].count("ms") == 5
 
 
 @pytest.mark.slow
@@ -55,6 +56,19 @@ def test_near_duplicates(tmp_path: pathlib.Path) -> None:
     (tmp_path / "sets/set.txt").write_text(" ".join(f"question{i}" for i in range(13)))
     lines = run("near_duplicates", f"--input={tmp_path}/texts.jsonl", "--planted=9", f"--decontaminate={tmp_path}/sets")
     assert lines[-1].strip() == "sets: 1 of 1 planted texts found"
+
+
+@pytest.mark.slow
+def test_mine(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("sentence_transformers"), pytest.importorskip("datasets")
+    model = write_folder(tmp_path / "bert", "bert")
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(WORDS[4:], 8)) for _ in range(160)]
+    pairs = [{"query": query, "positive": positive} for query, positive in zip(texts[::2], texts[1::2], strict=True)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    flags = [f"--pairs={tmp_path}/pairs.jsonl", f"--model={model}"]
+    assert run("mine", *flags)[-1].startswith("the same negatives for 80 of 80 queries (100.000%)")
+    assert run("mine", *flags, "--documents=50")[-1].startswith("peak memory: ")
 
 
 @pytest.mark.slow

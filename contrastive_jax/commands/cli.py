@@ -75,7 +75,8 @@ def define_flags_of(*documented: Callable[..., Any]) -> None:
         str: flags.DEFINE_string,
     }
     parameters = parameters_of(*documented)
-    for name, (kind, default, description) in parameters.items():
+    for name, (annotated, default, description) in parameters.items():
+        kind = typing.get_args(annotated)[0] if default is None else annotated  # it is X | None
         text = re.sub(r"`(\w+)`", lambda found: "--" * (found[1] in parameters) + found[1], description)
         if typing.get_origin(kind) is typing.Literal:
             flags.DEFINE_enum(name, default, typing.get_args(kind), text)

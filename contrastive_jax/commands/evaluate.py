@@ -8,11 +8,12 @@ Hugging Face or sentence-transformers folder (hf:FOLDER). Each task has its --da
 query_key information held-out spans of a prepared dataset, by default the run's own
 sts                   a folder of .tsv: score, text, text
 wordsim               a folder of .tsv or .csv: word, word, score
-retrieval             a BEIR folder: corpus.jsonl, queries.jsonl, qrels/test.tsv
+retrieval             a BEIR folder: corpus.jsonl, queries.jsonl, qrels/test.tsv; or one of NanoBEIR: .parquet in these three
+nanobeir              a folder of such folders, each of which is scored, and their mean
 codesearch            a folder of .jsonl or .jsonl.gz with docstring(_tokens) and code(_tokens)
 probe knn zero_shot   a folder of .jsonl with text and label, a SentEval task's folder, or tfds:NAME
 glue                  fine-tuning: a folder with train.jsonl and dev.jsonl of labelled pairs, or tfds:glue/rte
-mteb                  tasks of the mteb package, --mteb=NAMES; their --data is optional
+mteb                  tasks and benchmarks of the mteb package, --mteb="MTEB(eng, v2)"; their --data is optional
 
 Results are printed, and written with the protocol that decided them to WORKDIR/TASK-DATA.json or to --output. --compare shows
 two of them side by side: `--compare A.json B.json`. Models, data and --output may be on gs:// and s3://. Vectors of texts are
@@ -27,7 +28,7 @@ from absl import flags
 from contrastive_jax import files
 from contrastive_jax.commands import cli
 from contrastive_jax.config import UserError
-from contrastive_jax.evals import run
+from contrastive_jax.evals import mteb, run
 from contrastive_jax.evals.task import Options
 from contrastive_jax.runtime import processes
 
@@ -50,7 +51,10 @@ def define_flags() -> None:
     flags.DEFINE_integer("epochs", default.epochs, "Epochs of a fine-tuning (glue).", lower_bound=1)
     flags.DEFINE_integer("seeds", default.seeds, "Fine-tunings (glue), each with its own seed.", lower_bound=1)
     flags.DEFINE_bool("joined", default.joined, "Fine-tune on rows of both texts, the second one first (glue).")
-    flags.DEFINE_list("mteb", list(default.mteb), "MTEB's names of its tasks (mteb).")
+    flags.DEFINE_string("mteb", ",".join(default.mteb), "MTEB's names of its tasks or benchmarks (mteb).")
+    flags.DEFINE_string(
+        "mteb_results", "", "A folder for results as MTEB writes them (mteb); by default WORKDIR/mteb of a run."
+    )
     cli.define_processes()
     flags.DEFINE_bool("any_protocol", False, "Let --compare show results that were measured differently.")
 
@@ -68,7 +72,9 @@ def main(arguments: list[str]) -> None:
     if files.on_bucket(values.cache):
         raise UserError(f"--cache={values.cache}: SQLite needs a local file; give one, or --cache= to keep no vectors")
     cache = pathlib.Path(values.cache).expanduser() if values.cache else None
-    options = Options(values.pairs, values.span, values.epochs, values.seeds, values.joined, values.mteb, cache)
+    names = mteb.split_names(values.mteb)
+    results = values.mteb_results
+    options = Options(values.pairs, values.span, values.epochs, values.seeds, values.joined, names, results, cache)
     with cli.joined_processes():
         processes.enable_compilation_cache()
         run.evaluate_model(values.model, values.tasks, values.data, options, values.baselines, values.output, values.max_tokens)

@@ -1,12 +1,14 @@
 """Every configuration key, with its default, its bounds and its meaning. Sizes are counted in tokens, steps or pairs."""
 
 from contrastive_jax.config.rules import (
+    LAYERS,
     NUMBER,
     NUMBER_OR_NONE,
     SIZES,
     Key,
     Rule,
     above,
+    any_of,
     at_least,
     between,
     choice,
@@ -85,6 +87,12 @@ KEYS = {
     # How many views are cut: neighbours; an anchor and its positives ("declutr"); or the first texts of a pair ("fields"), of
     # which those of more than max_span tokens lose their end.
     "data.views": Key(2, at_least(1)),
+    # fields: how many of the views are hard negatives, the last ones: keys that are wrong for their anchor and for all others.
+    # Of a pair with more positives or hard negatives, others are drawn in each step.
+    "data.hard_negatives": Key(0, at_least(0)),
+    # fields: the tokens per row of view 0, with its delimiters, where queries are shorter than documents; 0: data.length.
+    # Longer queries lose their end.
+    "data.query_length": Key(0, at_least(0)),
     # neighbours, sentences: whether the query is always the earlier span ("kept") or either of the two ("random").
     "data.order": Key("random", choice("random", "kept")),
     # sentences: how many make a chunk, and how many lie between the two at least and at most; None: any number.
@@ -176,6 +184,9 @@ KEYS = {
     "model.pool_tanh": Key("", choice_or_none("before", "after")),
     # Width of the embedding after a linear projection; 0: d_model, no projection.
     "model.embedding_dim": Key(0, at_least(0)),
+    # Instead of one projection, several layers, as (width, activation, bias): ((3072, "identity", False), (768, "tanh", True)).
+    # The embedding has the last width. Empty: none.
+    "model.dense": Key((), LAYERS),
     # UniVAE: in the last `latent_layers` blocks the first token's state passes through so many numbers on a sphere, drawn
     # around their mean direction with this concentration in training; the mean directions are the embedding. 0: none.
     "model.latent": Key(0, at_least(0)),
@@ -188,17 +199,23 @@ KEYS = {
     "model.scan": Key(True),
     # Type of activations and matrix products; parameters, norms and softmax stay float32.
     "model.dtype": Key("float32", choice("float32", "bfloat16")),
-    # A loss of pairs, without negatives ("simsiam", "byol"), or of labels: classes ("softmax") or scores ("cosent", "cosine");
-    # "similarity": the cosines in a batch follow those of a target (memory.kind).
+    # A loss of pairs, without negatives ("simsiam", "byol"), or of labels: classes ("softmax") or scores ("cosent", "cosine").
+    # Of a target (memory.kind): the cosines in a batch follow its cosines ("similarity"), or each embedding its embedding
+    # ("embedding"). Of a teacher's scores of a pair's documents: "margin_mse", "kl". Also the names of objective.extra.
     "objective.name": Key(
         "infonce",
         choice(
             *("infonce", "flatnce", "dcl", "siglip", "dv", "mine", "nwj", "jsd"),
-            *("simsiam", "byol", "softmax", "cosent", "cosine", "similarity"),
+            *("simsiam", "byol", "softmax", "cosent", "cosine", "similarity", "embedding", "margin_mse", "kl"),
+            *("spread_mean", "spread_square"),
         ),
     ),
-    # Weight of this loss in the total; 0: it is not built, and the total is the token loss alone.
+    # Weight of this loss in the total; 0: it is not built, and the total is that of all others.
     "objective.weight": Key(1.0, at_least(0)),
+    # Losses of the embeddings to add, as (name, weight) pairs: "similarity", "embedding", "margin_mse" or "kl" (see name), and
+    # the spread-out regulariser of all texts of each view: the square of their mean cosine ("spread_mean"), and by how much
+    # their mean squared cosine exceeds that of random directions ("spread_square").
+    "objective.extra": Key((), pairs(str)),
     # Who is paired: view 0 with each other view ("first"); each of two views with the other, among both views of all pairs
     # ("both": NT-Xent, 2n - 2 negatives); or every two views, a sum of losses ("all").
     "objective.pairing": Key("first", choice("first", "both", "all")),
@@ -208,8 +225,6 @@ KEYS = {
     "objective.context": Key(0, at_least(0)),
     # Deep InfoMax: the positives are so many token states of the last view, chosen at random; 0: the other views.
     "objective.locals": Key(0, at_least(0)),
-    # How many of a pair's last views are hard negatives: keys that are wrong for its anchor, and for all others.
-    "objective.hard_negatives": Key(0, at_least(0)),
     # Where negatives come from: each device's own share of the batch ("local"), or the whole batch, either all-gathered
     # ("gathered") or passed around a ring of devices ("ring"). The last two are equal; a ring holds one device's share of the
     # embeddings at a time, and transfers while it computes.
@@ -220,6 +235,14 @@ KEYS = {
     "objective.dtype": Key("float32", choice("float32", "bfloat16")),
     # Score in both directions: each positive also has to find its anchor (siglip's loss contains both already).
     "objective.symmetric": Key(True),
+    # infonce: what joins the similarities of a query with all documents in one softmax: those of its document with all queries
+    # ("document_query"), of the query with other queries ("query_query") and of its document with other documents
+    # ("document_document"). GTE has all three, Qwen3 the last two. It needs symmetric=False, which has a softmax per direction.
+    "objective.joint": Key((), any_of("document_query", "query_query", "document_document")),
+    # Hardness weights: what is added to the logits of an anchor's negatives, times their similarity and without a gradient: of
+    # keys of other pairs (LLaVE: 9), and of the anchor's own hard negatives (EmbeddingGemma: 5). 0: none.
+    "objective.hardness": Key(0.0, at_least(0)),
+    "objective.hardness_own": Key(0.0, at_least(0)),
     # The temperature of the logits: its start, the range it is clipped to, and whether it is trained.
     "objective.temperature": Key(0.05, above(0)),
     "objective.temperature_min": Key(0.01, above(0)),
@@ -239,6 +262,10 @@ KEYS = {
     "objective.mask_duplicates": Key(True),
     # A key whose similarity exceeds the positive's by more than this margin is not a negative; None: no such mask.
     "objective.mask_margin": Key(float, NUMBER_OR_NONE),
+    # The margin is a share of the positive's similarity, without its sign.
+    "objective.mask_relative": Key(False),
+    # GISTEmbed: the margin is about the similarities of the target (memory.kind), a guide, not about the run's own.
+    "objective.mask_guide": Key(False),
     # A target, a copy of encoder and objective that is not trained: "queue" (MoCo: it follows the parameters, and embeds the
     # positives, which join a queue of keys), "average" (BYOL: it follows, and embeds all views, for losses that use that), or
     # "frozen" (a teacher: it stays where training began); empty: none.
@@ -301,6 +328,9 @@ KEYS = {
     "labels.rdrop": Key(0.0, at_least(0)),
     # cosine: the label whose pairs should have a cosine of 1.
     "labels.scale": Key(1.0, above(0)),
+    # margin_mse, kl: by what the cosines, and by what the teacher's scores are divided before they are compared.
+    "scores.temperature": Key(1.0, above(0)),
+    "scores.teacher_temperature": Key(1.0, above(0)),
     # AdamW.
     "optim.learning_rate": Key(1e-3, above(0)),
     "optim.b1": Key(0.9, between(0, 1)),

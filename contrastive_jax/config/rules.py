@@ -47,6 +47,11 @@ def choice_or_none(*names: str) -> Rule:
     return Rule(f"choose one of {', '.join(names)}, or '' for none", lambda value: value in ("", *names))
 
 
+def any_of(*names: str) -> Rule:
+    """The rule that the value is a sequence of some of the names; it may be empty."""
+    return Rule(f"choose any of {', '.join(names)}, as in ({names[0]!r},)", lambda value: all(name in names for name in value))
+
+
 def mesh_size() -> Rule:
     """The rule of a mesh axis: a positive size, or -1 for all devices that remain."""
     return Rule("must be a positive number of devices, or -1 for all that remain", lambda v: v == -1 or v >= 1)
@@ -71,6 +76,15 @@ def pairs(kind: type) -> Rule:
 NUMBER = Rule("must be a finite number", is_number)
 NUMBER_OR_NONE = Rule("must be a finite number, or None", lambda value: value is None or is_number(value))
 SIZES = Rule("give positive sizes, as in (512, 128)", lambda v: all(isinstance(x, int) and x > 0 for x in v))
+LAYERS = Rule(
+    "give (width, activation, bias) of each layer, as in ((512, 'tanh', True),); activations are 'identity' and 'tanh'",
+    lambda layers: all(
+        isinstance(layer, tuple)
+        and len(layer) == 3
+        and (type(layer[0]) is int and layer[0] > 0 and layer[1] in ("identity", "tanh") and type(layer[2]) is bool)
+        for layer in layers
+    ),
+)
 # Text and switches: ml_collections checks the type, and the code that uses the text checks its content.
 ANY = Rule("", lambda value: True)
 

@@ -1,6 +1,7 @@
 """The batch: one type from packing to the loss.
 
-Dimensions: b pairs, v views of a pair, g groups of pairs that share rows, r rows of a group per view, l tokens of a row.
+Dimensions: b pairs, v views of a pair, k = v - 1 documents of a pair, g groups of pairs that share rows, r rows of a group per
+view, l tokens of a row.
 """
 
 from typing import Any, NamedTuple
@@ -16,6 +17,8 @@ class Batch(NamedTuple):
       span_hash: int32[b v], a hash of each span without its delimiters: equal spans have equal hashes.
       label: float32[b], the class or the score of each pair, NaN for a pair without one; None: no pair has one. A class is a
         whole number, which float32 holds exactly up to 2**24.
+      scores: float32[b k], what a teacher says of each pair's documents (positives, then hard negatives), NaN where it says
+        nothing; None: these are no pairs.
     """
 
     tokens: Any
@@ -23,3 +26,4 @@ class Batch(NamedTuple):
     document: Any
     span_hash: Any
     label: Any = None
+    scores: Any = None

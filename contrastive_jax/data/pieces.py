@@ -7,9 +7,12 @@ Dimensions: n records, m units of all of them, t tokens of all of them.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from contrastive_jax.data.prepared import RecordBatch
 
 # The control piece of each reserved name.
 RESERVED_PIECES = {
@@ -94,10 +97,26 @@ def sentences(tokens: np.ndarray, begin: np.ndarray, tables: Tables) -> Units:
     return Units(np.append(start, len(tokens)), np.append(np.searchsorted(start, begin), len(start)))
 
 
-def fields(tokens: np.ndarray, begin: np.ndarray, end: int) -> Units:
-    """Finds the fields of pairs, each of which ends with the id `end`; arguments as for `sentences`."""
-    start = np.append(0, np.flatnonzero(tokens == end) + 1)
-    return Units(start, np.append(np.searchsorted(start, begin), len(start) - 1))
+class Texts(NamedTuple):
+    """The texts of pairs that lie one after another in one array: of each the query, its positives, its hard negatives.
+
+    Attributes:
+      start: int64[m + 1], the position of each text's first token among the tokens of all pairs, and t.
+      first: int64[n + 1], the number of each pair's first text, and m.
+      positives: int32[n], the positives of each pair.
+      score: float32[m], a teacher's score of each text, NaN for one without, such as a query.
+    """
+
+    start: np.ndarray
+    first: np.ndarray
+    positives: np.ndarray
+    score: np.ndarray
+
+
+def texts_of_pairs(batch: "RecordBatch", end: int) -> Texts:
+    """Returns the texts of pairs, each of which ends with the id `end`."""
+    start = np.append(0, np.flatnonzero(batch.tokens == end) + 1)
+    return Texts(start, np.append(np.searchsorted(start, batch.begin), len(start) - 1), *batch.numbers_of_texts())
 
 
 def kinds(tables: Tables) -> np.ndarray:

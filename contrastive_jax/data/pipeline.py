@@ -58,19 +58,21 @@ class Stream(NamedTuple):
         own = np.arange(config.batch_size) if pairs is None else pairs
         delimiters = views.delimiter_ids(records.manifest, sampler.views) if config.delimiters else None
         find_units = unit_finder(sampler, config, records.manifest)
+        has_texts = sampler.ends == "field"
         reader = reading.Reader(records, data_order, sampler.min_record, own, config.batch_size)
 
         def make_batch(step: int, waiting: concurrent.futures.Future[RecordBatch]) -> Batch:
-            tokens, begin, length, document, label = waiting.result()
+            batch = waiting.result()
             uniform = spans.uniform_numbers(seed, step, config.batch_size, sampler.uniforms)[own]
-            units = find_units(tokens, begin)
+            units = find_units(batch)
             if step == start and sampler.ends == "sentence":
                 log_units(sampler, units[0])
-            first, size = sampler.sample(length, uniform, *units)
+            first, size = sampler.sample(batch.length, uniform, *units)
             tokens, segment, span_hash = views.make_views(
-                tokens, begin[:, None] + first, size, config.length, delimiters, config.pack_pairs, config.pack_rows
+                batch.tokens, batch.begin[:, None] + first, size, config.length, delimiters, config.pack_pairs, config.pack_rows
             )
-            return Batch(tokens, segment, document, span_hash, label if sampler.ends == "field" else None)
+            of_texts = (batch.label, units[0].score[spans.choose_texts(config, units[0], uniform)[:, 1:]]) if has_texts else ()
+            return Batch(tokens, segment, batch.document, span_hash, *of_texts)
 
         return ahead(reader, make_batch, start)
 
@@ -87,19 +89,28 @@ def open_stream(records: Records, config: ConfigDict, seed: int) -> Stream:
       UserError: config values contradict each other, or the records cannot serve them.
     """
     sampler = spans.make_sampler(config)
-    check_fields(records.manifest.get("fields", 0), config)
+    check_fields(records.manifest, config)
+    check_alone(records, config)
     spans.check_length(config, sampler.max_span, "config.data.max_span")
     packing.check_rows(config, sampler.min_span)
     data_order = order.Order(records, config, seed, count_usable(records, config, sampler))
     return Stream(records, config, seed, sampler, data_order)
 
 
-def check_fields(count: int, config: ConfigDict) -> None:
-    """Checks that the sampler fits the data, whose pairs have `count` fields; 0: it has documents.
+def check_alone(records: Records, config: ConfigDict) -> None:
+    """Raises UserError if pairs without in-batch negatives would be in one batch with others."""
+    if records.alone and config.one_source != "domain" and len(records.domains) > 1:
+        name = records.domains[min(records.alone)]
+        raise UserError(f"config.data.one_source={config.one_source!r}: {name!r} has no in-batch negatives; set it to 'domain'")
+
+
+def check_fields(manifest: dict[str, Any], config: ConfigDict) -> None:
+    """Checks that the sampler fits the data, and the views the texts of its pairs.
 
     Raises:
-      UserError: it does not.
+      UserError: they do not.
     """
+    count, hard = manifest.get("fields", 0), manifest.get("hard_negatives", 0)
     if config.sampler != "fields":
         if count:
             raise UserError(f"config.data.sampler={config.sampler!r}: config.data.dir holds pairs; set it to 'fields'")
@@ -107,6 +118,16 @@ def check_fields(count: int, config: ConfigDict) -> None:
         raise UserError("config.data.sampler='fields': config.data.dir holds no pairs; make them with `prepare --pairs=GLOB`")
     elif config.views > count:
         raise UserError(f"config.data.views={config.views}: the pairs of config.data.dir have {count} texts; lower it")
+    elif config.hard_negatives > hard:
+        raise UserError(
+            f"config.data.hard_negatives={config.hard_negatives}: some pairs of config.data.dir have {hard}; lower it, or "
+            "prepare them with min_negatives in a file of sources"
+        )
+    elif config.views - config.hard_negatives > count - hard:
+        raise UserError(
+            f"config.data.views={config.views}: the pairs of config.data.dir have {count - hard - 1} positives; set "
+            f"config.data.hard_negatives={config.views - count + hard} or more"
+        )
 
 
 def count_usable(records: Records, config: ConfigDict, sampler: spans.Sampler) -> np.ndarray:
@@ -143,16 +164,14 @@ def batches(
     return open_stream(records, config, seed).batches(pairs, start)
 
 
-def unit_finder(
-    sampler: spans.Sampler, config: ConfigDict, manifest: dict[str, Any]
-) -> Callable[[np.ndarray, np.ndarray], list[pieces.Units]]:
-    """Returns the function (tokens of all records, where each begins) → the units between which the sampler cuts, if any."""
+def unit_finder(sampler: spans.Sampler, config: ConfigDict, manifest: dict[str, Any]) -> Callable[[RecordBatch], list[Any]]:
+    """Returns the function from records to the units between which the sampler cuts: [pieces.Units], [pieces.Texts] or []."""
     if sampler.ends == "sentence":
         tables = tokenizer.load(prepared.folders(config.dir)[0]).tables()
-        return lambda tokens, begin: [pieces.sentences(tokens, begin, tables)]
+        return lambda batch: [pieces.sentences(batch.tokens, batch.begin, tables)]
     if sampler.ends == "field":
-        return lambda tokens, begin: [pieces.fields(tokens, begin, manifest["reserved"]["eos"])]
-    return lambda tokens, begin: []
+        return lambda batch: [pieces.texts_of_pairs(batch, manifest["reserved"]["eos"])]
+    return lambda batch: []
 
 
 def log_units(sampler: spans.Sampler, units: pieces.Units) -> None:

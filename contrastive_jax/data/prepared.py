@@ -7,9 +7,7 @@ Dimensions: n records of a split, c chunks, s file shards, m records that are re
 
 import concurrent.futures
 import hashlib
-import math
 import os
-import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,11 +26,12 @@ from contrastive_jax.data.index import Split, length_pieces, open_index
 MAX_OPEN = {False: 256, True: 128}
 # Threads that read chunks, local or on a bucket: limited by the processor, or by the time of a request.
 THREADS = {False: 4, True: 32}
+PROMPTS = "prompts.json"  # in a workdir, from `prompts_of`
 # Reads exactly the block that is asked for, in the thread that asks for it.
 READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0,footer_prefetch_bytes:128k"
 READER_BUFFER = 1 << 15
 # The keys of a stored record in its serialised form, as protocol buffers write them.
-TOKENS_KEY, DOCUMENT_KEY, LABEL_KEY = b"\n\x06tokens\x12", b"\n\x08document\x12", b"\n\x05label\x12"
+TOKENS_KEY, DOCUMENT_KEY, NUMBERS_KEY = b"\n\x06tokens\x12", b"\n\x08document\x12", b"\n\x07numbers\x12"
 
 
 class Chunk(NamedTuple):
@@ -42,13 +41,14 @@ class Chunk(NamedTuple):
 
     Attributes:
       tokens: the bytes of the token ids of each record, of the type `token_type(vocab_size)`.
-      document: the first 31 bits of the hash of the document of each: equal for the records of one document.
-      label: of each pair, or NaN.
+      document: the first 31 bits of the hash of the document of each: equal for the records of one document. Of pairs whose
+        source has no in-batch negatives, -2 minus the number of the domain.
+      numbers: of each pair, the bytes of float32 numbers, see `store.Record`; of documents b"".
     """
 
     tokens: list[bytes]
     document: list[int]
-    label: list[float]
+    numbers: list[bytes]
 
 
 class RecordBatch(NamedTuple):
@@ -58,15 +58,30 @@ class RecordBatch(NamedTuple):
       tokens: uint16 or int32 [t], the tokens of all of them.
       begin: int64[m], the position in `tokens` of each record's first token.
       length: int32[m], the tokens of each record.
-      document: int32[m], the first 31 bits of the hash of each record's document.
-      label: float32[m], of each pair, or NaN.
+      document: int32[m], see `Chunk`.
+      numbers: of each pair, float32 numbers, see `store.Record`; of documents none.
     """
 
     tokens: np.ndarray
     begin: np.ndarray
     length: np.ndarray
     document: np.ndarray
-    label: np.ndarray
+    numbers: list[np.ndarray]
+
+    @property
+    def label(self) -> np.ndarray:
+        """The label of each pair, or NaN, float32[m]."""
+        return np.array([numbers[0] if len(numbers) else np.nan for numbers in self.numbers], np.float32)
+
+    def numbers_of_texts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns int32[m], the positives of each pair, and float32[texts], the score of each text of all, or NaN."""
+        positives = np.array([numbers[1] for numbers in self.numbers], np.int32)
+        counts = [1 + int(numbers[1] + numbers[2]) for numbers in self.numbers]
+        scores = np.full(sum(counts), np.nan, np.float32)
+        for end, numbers in zip(np.cumsum(counts), self.numbers, strict=True):
+            if len(numbers) > 3:
+                scores[end - (len(numbers) - 3) : end] = numbers[3:]
+        return positives, scores
 
     def token_lists(self) -> list[list[int]]:
         """Returns the token ids of each record."""
@@ -82,11 +97,19 @@ class Records:
       datasets: the numbers of the domains of each dataset, by its name.
       chunk_size: uint8[c], the records of each chunk.
       chunk_domain: uint16[c], the domain of each chunk, an index into `domains`.
+      alone: the numbers of the domains whose pairs have no in-batch negatives.
       remote: whether file shards are read from a bucket.
     """
 
-    def __init__(self, manifest: dict[str, Any], domains: list[str], datasets: dict[str, list[int]], splits: Sequence[Split]):
-        self.manifest, self.domains, self.datasets = manifest, domains, datasets
+    def __init__(
+        self,
+        manifest: dict[str, Any],
+        domains: list[str],
+        datasets: dict[str, list[int]],
+        splits: Sequence[Split],
+        alone: frozenset[int] = frozenset(),
+    ):
+        self.manifest, self.domains, self.datasets, self.alone = manifest, domains, datasets, alone
         self.chunk_size = np.concatenate([split.chunk_size for split in splits])
         self.chunk_domain = np.concatenate([split.chunk_domain for split in splits])
         self._splits = splits
@@ -114,9 +137,11 @@ class Records:
         begin = int(sizes[: chunk - first].sum(dtype=np.int64))
         reader = self._readers.get(shard, int(sizes.sum(dtype=np.int64)))
         serialised = reader.read(begin, begin + int(self.chunk_size[chunk]))
-        labels = [parse_label(record) if self.manifest.get("fields") else math.nan for record in serialised]
-        documents = [parse_document(record) for record in serialised]
-        return Chunk([parse_tokens(record) for record in serialised], documents, labels)
+        numbers = [feature_bytes(record, NUMBERS_KEY) if self.manifest.get("fields") else b"" for record in serialised]
+        domain = int(self.chunk_domain[chunk])
+        alone = domain in self.alone
+        documents = [-2 - domain if alone else parse_document(record) for record in serialised]
+        return Chunk([feature_bytes(record, TOKENS_KEY) for record in serialised], documents, numbers)
 
     def _shard_of(self, chunk: int) -> int:
         return int(np.searchsorted(self._first_chunk, chunk, side="right")) - 1
@@ -135,15 +160,16 @@ class Records:
             chunks = dict(zip(needed, threads.map(self.read_chunk, needed), strict=True))
         numbered = list(zip(chunk_of.tolist(), positions.tolist(), strict=True))
         document = np.array([chunks[chunk].document[i] for chunk, i in numbered], np.int32)
-        label = np.array([chunks[chunk].label[i] for chunk, i in numbered], np.float32)
-        return self.join([chunks[chunk].tokens[i] for chunk, i in numbered], document, label)
+        of_pairs = [chunks[chunk].numbers[i] for chunk, i in numbered]
+        return self.join([chunks[chunk].tokens[i] for chunk, i in numbered], document, of_pairs)
 
-    def join(self, tokens: Sequence[bytes], document: np.ndarray, label: np.ndarray) -> "RecordBatch":
+    def join(self, tokens: Sequence[bytes], document: np.ndarray, numbers: Sequence[bytes]) -> "RecordBatch":
         """Puts the tokens of records into one array."""
         dtype = token_type(self.manifest["vocab_size"])
         length = np.array([len(record) for record in tokens], np.int64) // dtype.itemsize
         begin = np.cumsum(length) - length
-        return RecordBatch(np.frombuffer(b"".join(tokens), dtype), begin, length.astype(np.int32), document, label)
+        of_pairs = [np.frombuffer(each, np.float32) for each in numbers]
+        return RecordBatch(np.frombuffer(b"".join(tokens), dtype), begin, length.astype(np.int32), document, of_pairs)
 
     def lengths(self) -> np.ndarray:
         """Returns int32[n], the tokens of each record: for splits that are small enough."""
@@ -195,13 +221,13 @@ class _Readers:
         return reader
 
 
-def parse_tokens(serialised: bytes) -> bytes:
-    """Returns the bytes of the token ids of a serialised record.
+def feature_bytes(serialised: bytes, key: bytes) -> bytes:
+    """Returns the bytes of a feature of a serialised record: of the token ids, or of the float32 numbers of a pair.
 
     Parsing the whole message costs several times as much, and a host parses tens of thousands of records per second.
     """
-    size, at = varint(serialised, serialised.index(TOKENS_KEY) + len(TOKENS_KEY))
-    end = at + size  # of the feature, which ends with the bytes of its list's only value, after two more tags and lengths
+    size, at = varint(serialised, serialised.index(key) + len(key))
+    end = at + size  # of the feature, which ends with its list's bytes, after two more tags and lengths
     for _ in range(2):
         at += 1
         while serialised[at] & 0x80:
@@ -214,12 +240,6 @@ def parse_document(serialised: bytes) -> int:
     """Returns the first 31 bits of the hash of the document of a serialised record."""
     begin = serialised.index(DOCUMENT_KEY) + len(DOCUMENT_KEY) + 5  # three lengths of one byte, and two tags
     return int(serialised[begin : begin + 8], 16) & 0x7FFFFFFF
-
-
-def parse_label(serialised: bytes) -> float:
-    """Returns the label of a serialised pair."""
-    begin = serialised.index(LABEL_KEY) + len(LABEL_KEY) + 5  # three lengths of one byte, and two tags
-    return struct.unpack_from("<f", serialised, begin)[0]
 
 
 def varint(data: bytes, at: int) -> tuple[int, int]:
@@ -264,8 +284,25 @@ def load_manifest(directory: epath.PathLike) -> dict[str, Any]:
         "window": max(manifest["window"] for manifest in manifests),
         "content_hash": hashlib.sha256(" ".join(hashes).encode()).hexdigest(),
         "fields": min(manifest.get("fields", 0) for manifest in manifests),
+        "hard_negatives": min(manifest.get("hard_negatives", 0) for manifest in manifests),
+        "sources": {name: source for manifest in manifests for name, source in manifest.get("sources", {}).items()},
         "labels": label_range(manifest.get("labels", []) for manifest in manifests),
     }
+
+
+def prompts_of(manifest: dict[str, Any]) -> dict[str, str]:
+    """Returns what sources of pairs put before texts: {"query": ..., "document": ...}, without empty ones.
+
+    Where sources have different prompts for a side, each has a name of its own, as "nq_query", and the side has none.
+    """
+    sources, prompts = manifest.get("sources", {}), {}
+    for side in ("query", "document"):
+        of_sources = {name: source[f"{side}_prompt"] for name, source in sources.items()}
+        if len(set(of_sources.values())) == 1:
+            prompts[side] = next(iter(of_sources.values()))
+        else:
+            prompts |= {f"{name}_{side}": prompt for name, prompt in of_sources.items()}
+    return {name: prompt for name, prompt in prompts.items() if prompt}
 
 
 def label_range(ranges: Iterable[Sequence[float]]) -> list[float]:
@@ -318,6 +355,7 @@ def open_split(directory: epath.PathLike, split: str, cache_dir: str = "", cache
     manifest, splits = load_manifest(directory), []
     domains: list[str] = []
     datasets: dict[str, list[int]] = {}
+    alone = set[int]()
     for root, name in zip(roots, names, strict=True):
         own = _load_manifest(root, directory)
         total = len(domains) + len(own["domains"])
@@ -327,7 +365,9 @@ def open_split(directory: epath.PathLike, split: str, cache_dir: str = "", cache
                 "leave one out, or prepare one with fewer"
             )
         datasets[name] = list(range(len(domains), total))
+        without = [source for source, options in own.get("sources", {}).items() if not options["in_batch"]]
+        alone |= {len(domains) + number for number, domain in enumerate(own["domains"]) if domain in without}
         opened = open_index(root, own, split, cache_dir, cache_gb)
         splits.append(opened._replace(chunk_domain=opened.chunk_domain + np.uint16(len(domains))))
         domains += own["domains"] if len(roots) == 1 else [f"{name}/{domain}" for domain in own["domains"]]
-    return Records(manifest, domains, datasets, splits)
+    return Records(manifest, domains, datasets, splits, frozenset(alone))

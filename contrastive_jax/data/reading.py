@@ -32,7 +32,7 @@ class Loading:
       records: the records of this process's pairs in it.
       tokens: the bytes of the tokens of each record of the window: None before it is read, and again when it has been used.
       document: int32[m], the document of each.
-      label: float32[m], the label of each, or NaN.
+      numbers: object[m], the bytes of the numbers of each pair.
     """
 
     def __init__(self, window: Window, mine: np.ndarray, first: int):
@@ -52,7 +52,7 @@ class Loading:
         self._next = iter(np.flatnonzero(self._counts).tolist())
         self.tokens: list[bytes | None] = [None] * len(window.record)
         self.document = np.zeros(len(window.record), np.int32)
-        self.label = np.full(len(window.record), np.nan, np.float32)
+        self.numbers = np.full(len(window.record), b"", object)
         self._reading: dict[int, concurrent.futures.Future[None]] = {}  # of the chunks that are read, or will be
 
     def start_next(self, reader: "Reader") -> int:
@@ -66,12 +66,12 @@ class Loading:
 
     def _read(self, reader: "Reader", chunk: int, begin: int, end: int) -> None:
         """Reads a chunk, whose records are those from `begin` to before `end` of the window."""
-        tokens, self.document[begin:end], self.label[begin:end] = reader.read_chunk(chunk, end - begin)
+        tokens, self.document[begin:end], self.numbers[begin:end] = reader.read_chunk(chunk, end - begin)
         wanted = self._wanted[begin:end].tolist()
         self.tokens[begin:end] = [record if keep else None for record, keep in zip(tokens, wanted, strict=True)]
 
     def take(self, ranks: np.ndarray) -> tuple[list[bytes], np.ndarray, np.ndarray]:
-        """Returns the tokens of the records of ranks int64[n], int32[n], their documents, and labels; forgets the tokens."""
+        """Returns the tokens of the records of ranks int64[n], int32[n], their documents, and numbers; forgets the tokens."""
         chunks, _ = self.window.locate(ranks)
         for index in np.unique(chunks).tolist():
             self._reading[index].result()
@@ -80,7 +80,7 @@ class Loading:
         tokens = [self.tokens[number] for number in numbers]
         for number in numbers:
             self.tokens[number] = None
-        return cast(list[bytes], tokens), self.document[record], self.label[record]
+        return cast(list[bytes], tokens), self.document[record], self.numbers[record]
 
 
 class Reader:
@@ -105,12 +105,12 @@ class Reader:
 
     def read(self, step: int) -> RecordBatch:
         """Returns the records of this process's pairs in a step; to be called for one step after the other."""
-        tokens, document, label = (np.empty(len(self._pairs), dtype) for dtype in (object, np.int32, np.float32))
+        tokens, document, numbers = (np.empty(len(self._pairs), dtype) for dtype in (object, np.int32, object))
         for pool, window, which, ranks in self._order.runs(step, self._pairs):
-            tokens[which], document[which], label[which] = self._current(pool, window, int(ranks[0])).take(ranks)
+            tokens[which], document[which], numbers[which] = self._current(pool, window, int(ranks[0])).take(ranks)
             self._held[pool] -= len(ranks)
             self._read_ahead(pool)
-        return self._records.join(tokens.tolist(), document, label)
+        return self._records.join(tokens.tolist(), document, numbers.tolist())
 
     def _current(self, pool: int, window: Window, rank: int) -> Loading:
         """Returns the window in use of a pool, all of whose chunks are read or on their way; drops the windows before it."""

@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from contrastive_jax.config import UserError
-from contrastive_jax.data.pieces import Units
+from contrastive_jax.data.pieces import Texts, Units
 
 
 class Sampler(NamedTuple):
@@ -203,22 +203,49 @@ def sentences(config: ConfigDict) -> Sampler:
 
 
 def fields(config: ConfigDict) -> Sampler:
-    """The first `config.views` texts of a prepared pair, in their order; of longer ones the first max_span tokens."""
-    views, max_span = config.views, config.max_span
+    """The query of a prepared pair, positives and `config.hard_negatives` hard negatives, `config.views` texts in all.
 
-    def sample(length: np.ndarray, uniform: np.ndarray, units: Units) -> tuple[np.ndarray, np.ndarray]:
-        del length, uniform
-        begin, size = cut_fields(units, views, max_span)
-        return begin - begin[:, :1], size
+    Of a pair with more positives or hard negatives, any are drawn with equal chance; they stay in their order. Of a longer text
+    the first max_span tokens are taken, of a query what fits into query_length, where that is set.
+    """
+    views = config.views
 
-    return Sampler(views, 0, 2 * views, 2 * views, 1, max_span, sample, ("span",), "field")
+    def sample(length: np.ndarray, uniform: np.ndarray, texts: Texts) -> tuple[np.ndarray, np.ndarray]:
+        del length
+        begin, size = cut_texts(texts, choose_texts(config, texts, uniform), config)
+        return begin - texts.start[texts.first[:-1]][:, None], size
+
+    return Sampler(views, views - 1, 2 * views, 2 * views, 1, config.max_span, sample, ("span",), "field")
 
 
-def cut_fields(units: Units, views: int, max_span: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns int64[n v] each, the position of the first fields of pairs among the tokens of all, and their sizes."""
-    number = units.first[:-1, None] + np.arange(views)
-    begin, end = units.start[number], units.start[number + 1]
-    return begin, np.minimum(end - begin - 1, max_span)  # without the id that ends it
+def choose_texts(config: ConfigDict, texts: Texts, uniform: np.ndarray) -> np.ndarray:
+    """Returns int64[n v], the numbers of the texts of pairs that are their views, see `fields`; uniform is float32[n v - 1]."""
+    hard, first, positives = config.hard_negatives, texts.first[:-1, None], texts.positives[:, None]
+    wanted = config.views - 1 - hard
+    negatives = np.diff(texts.first)[:, None] - 1 - positives
+    chosen = [first, first + 1 + draw(uniform[:, :wanted], positives)]
+    chosen.append(first + 1 + positives + draw(uniform[:, wanted:], negatives))
+    return np.concatenate(chosen, axis=1)
+
+
+def draw(uniform: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Returns int64[n k], k different numbers below count int64[n 1], any with equal chance, ascending; uniform is [n k]."""
+    drawn = np.zeros((len(uniform), 0), np.int64)
+    for column in range(uniform.shape[1]):
+        number = between(uniform[:, column], 0, count[:, 0] - 1 - column).astype(np.int64)
+        for before in drawn.T:  # ascending: each number before it that is not above it moves it up
+            number += number >= before
+        drawn = np.sort(np.concatenate([drawn, number[:, None]], axis=1), axis=1)
+    return drawn
+
+
+def cut_texts(texts: Texts, number: np.ndarray, config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
+    """Returns int64[n v] each, the position of the texts of these numbers among the tokens of all, and their sizes."""
+    begin, end = texts.start[number], texts.start[number + 1]
+    longest = np.full(number.shape[1], config.max_span)
+    if config.query_length:
+        longest[0] = min(config.max_span, config.query_length - delimiter_count(config))
+    return begin, np.minimum(end - begin - 1, longest)  # without the id that ends it
 
 
 def choose_apart(uniform: np.ndarray, last: np.ndarray, low: np.ndarray | int, high: np.ndarray | int | None) -> np.ndarray:

@@ -40,14 +40,15 @@ class Record(NamedTuple):
       document: the first half of the SHA-256 of the document's text, in hexadecimal.
       domain: the number of the document's domain.
       position: the tokens of the document before the record.
-      label: of a pair, or NaN; None for a document.
+      numbers: of a pair, its label or NaN, how many positives and how many hard negatives it has, and the scores of all these,
+        if there are any; None for a document.
     """
 
     tokens: np.ndarray
     document: str
     domain: int
     position: int
-    label: float | None = None
+    numbers: Sequence[float] | None = None
 
 
 class Index(NamedTuple):
@@ -84,8 +85,8 @@ def write_file_shard(path: os.PathLike, records: Iterable[Record], domains: Sequ
         feature["document"].bytes_list.value.append(record.document.encode())
         feature["domain"].bytes_list.value.append(domains[record.domain].encode())
         feature["position"].int64_list.value.append(record.position)
-        if record.label is not None:
-            feature["label"].float_list.value.append(record.label)
+        if record.numbers is not None:
+            feature["numbers"].float_list.value.extend(record.numbers)
         writer.write(example.SerializeToString())
     writer.close()
     return index_of(lengths, numbers)
@@ -105,7 +106,7 @@ def read_file_shard(path: os.PathLike, domains: Sequence[str], vocab_size: int) 
                 feature["document"].bytes_list.value[0].decode(),
                 numbers[feature["domain"].bytes_list.value[0]],
                 feature["position"].int64_list.value[0],
-                feature["label"].float_list.value[0] if "label" in feature else None,
+                feature["numbers"].float_list.value[:] if "numbers" in feature else None,
             )
     reader.close()
 

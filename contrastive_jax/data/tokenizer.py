@@ -115,6 +115,8 @@ def load(path: str | os.PathLike[str]) -> Tokenizer | JsonTokenizer:
     kind, description = (JsonTokenizer, "tokenizer.json") if file.suffix == ".json" else (Tokenizer, "SentencePiece model")
     try:
         return kind(file.read_bytes())
+    except UserError as error:
+        raise UserError(f"{file.parent}/{error}") from error
     except Exception as error:  # the `tokenizers` library raises no narrower class
         raise UserError(f"{file}: not a {description}; give a SentencePiece .model or a tokenizer.json") from error
 

@@ -1,17 +1,19 @@
 """The tokenizer.json of the Hugging Face ecosystem, with the attributes and methods of `tokenizer.Tokenizer`."""
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Sequence
 
 import tokenizers
 
+from contrastive_jax.config import UserError
 from contrastive_jax.data import pieces
 
 # The names that tokenizers of that ecosystem give to the pieces of each reserved name; the first that exists is taken.
 PIECES = {
     "pad": ("[PAD]", "<pad>"),
-    "bos": ("[CLS]", "<s>", "<|startoftext|>", "<|endoftext|>"),
-    "eos": ("[SEP]", "</s>", "<|endoftext|>"),
+    "bos": ("[CLS]", "<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>"),
+    "eos": ("[SEP]", "</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>"),
     "mask": ("[MASK]", "<mask>"),
 }
 # The reserved names of the opening and the closing delimiter of each view.
@@ -23,17 +25,40 @@ _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
 BYTES = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + number): byte for number, byte in enumerate(_OTHERS)}
 
 
+def read_template(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
+    """Returns the ids that a tokenizer puts before a text, and those that it puts after it: one at most of each.
+
+    Raises:
+      UserError: there are more.
+    """
+    if not tokenizer.encode("").ids:
+        return [], []
+    encodings = map(tokenizer.encode, itertools.chain("a", tokenizer.get_vocab()))
+    encoding = next(encoding for encoding in encodings if 0 in encoding.special_tokens_mask)  # of a text that has tokens
+    first = encoding.special_tokens_mask.index(0)
+    last = len(encoding) - encoding.special_tokens_mask[::-1].index(0)
+    opening, closing = encoding.ids[:first], encoding.ids[last:]
+    if max(len(opening), len(closing)) > 1:
+        raise UserError(
+            f"tokenizer.json: its template puts {len(opening)} tokens before a text and {len(closing)} after it, and one of "
+            "each at most is possible here; choose another tokenizer"
+        )
+    return opening, closing
+
+
 class JsonTokenizer:
     """A tokenizer.json and its reserved ids.
 
-    If the tokenizer itself puts two ids around a text, such as [CLS] and [SEP], these are the delimiters of both views.
-    Otherwise the delimiters, like all reserved names that the tokenizer lacks, get ids after its vocabulary.
+    If the tokenizer's template puts an id before a text, after it, or both, such as [CLS] and [SEP], these are the delimiters
+    of both views; where it puts none, they have none. Without a template the delimiters, like all reserved names that the
+    tokenizer lacks, get ids after its vocabulary.
 
     Attributes:
       file: the file name of such a tokenizer in a dataset or a workdir.
       model: the bytes of tokenizer.json.
-      reserved: {name: id}, as in `tokenizer.Tokenizer`; `encode` never returns one of these ids.
-      wrapped: whether the tokenizer puts the delimiters around a text itself.
+      reserved: {name: id}, as in `tokenizer.Tokenizer`, but without the delimiters that a template lacks; `encode` never
+        returns one of these ids.
+      has_template: whether the tokenizer puts the delimiters around a text itself.
       vocab_size: the number of ids, reserved ids included.
       sha256: the SHA-256 of `model`, in hexadecimal.
     """
@@ -46,15 +71,19 @@ class JsonTokenizer:
         self._tokenizer = tokenizers.Tokenizer.from_str(model.decode())
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        delimiters = self._tokenizer.encode("").ids
+        opening, closing = read_template(self._tokenizer)
+        self.has_template = bool(opening or closing)
         self._tokenizer.encode_special_tokens = True  # the text "[CLS]" is encoded as text
         known_ids: dict[str, int | None] = {}
         for name, choices in PIECES.items():
             ids = [self._tokenizer.token_to_id(piece) for piece in choices]
             known_ids[name] = next((index for index in ids if index is not None), None)
-        self.wrapped = len(delimiters) == 2
         for names in DELIMITERS:
-            known_ids |= dict(zip(names, delimiters if self.wrapped else (None, None), strict=True))
+            for name, of_template in zip(names, (opening, closing), strict=True):
+                if of_template or not self.has_template:
+                    known_ids[name] = next(iter(of_template), None)
+        if known_ids["pad"] is None:  # no row attends to padding, so that any id will do that a text never has
+            known_ids["pad"] = next(iter(closing or opening), None)
         lacking = [name for name, known_id in known_ids.items() if known_id is None]
         size = max(self._tokenizer.get_vocab().values()) + 1  # there may be fewer tokens than that
         self.vocab_size = size + len(lacking)

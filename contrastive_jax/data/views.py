@@ -31,9 +31,12 @@ class Views(NamedTuple):
 
 
 def delimiter_ids(manifest: dict, views: int) -> np.ndarray:
-    """Returns int32[v 2]: the ids of the opening and the closing delimiter of each view. View 0 is x, all others are y."""
+    """Returns int32[v 2]: the ids of the opening and the closing delimiter of each view, -1 where the tokenizer has none.
+
+    View 0 is x, all others are y.
+    """
     names = [DELIMITERS[min(view, 1)] for view in range(views)]
-    return np.array([[manifest["reserved"][name] for name in of_view] for of_view in names], np.int32)
+    return np.array([[manifest["reserved"].get(name, -1) for name in of_view] for of_view in names], np.int32)
 
 
 def make_views(
@@ -57,23 +60,24 @@ def make_views(
       begin: int64[n v], the position in `tokens` of each span's first token.
       size: int32[n v], the tokens of each span, at least 1. With its delimiters a span fits into a row.
       length: l, the tokens of a row.
-      delimiters: int32[v 2], from `delimiter_ids`; None: the spans have none.
+      delimiters: int32[v 2], from `delimiter_ids`; -1, or None for all: the spans have none there.
       pack_pairs: the pairs of a group; it divides n. If the spans of a group do not fit, the longest are shortened.
       pack_rows: r, the rows of a group per view.
     """
     n, v = size.shape
-    edge = 0 if delimiters is None else 1
-    size, positions = packing.fit(size + 2 * edge, pack_pairs, pack_rows, length)
-    size -= 2 * edge
+    delimiters = np.full((v, 2), -1, np.int32) if delimiters is None else delimiters
+    edges = (delimiters >= 0).astype(np.int64)  # [v 2], how many tokens stand before a span, and after it
+    size, positions = packing.fit(size + edges.sum(1, dtype=np.int32), pack_pairs, pack_rows, length)
+    size -= edges.sum(1)
     shape = (n // pack_pairs, v, pack_rows, length)
     all_tokens, all_segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     flat_tokens, flat_segments = all_tokens.reshape(-1), all_segments.reshape(-1)
     first_row = np.arange(0, shape[0] * v * pack_rows, pack_rows).reshape(shape[0], v, 1)  # of each group and view
-    target = ((first_row + positions.row) * length + positions.start).transpose(0, 2, 1).reshape(n, v) + edge
+    target = ((first_row + positions.row) * length + positions.start).transpose(0, 2, 1).reshape(n, v) + edges[:, 0]
     segment = np.broadcast_to(np.arange(n, dtype=np.int32)[:, None] % pack_pairs + 1, (n, v))
-    if delimiters is not None:
-        for position, delimiter in ((target - 1, delimiters[:, 0]), (target + size, delimiters[:, 1])):
-            flat_tokens[position], flat_segments[position] = delimiter, segment
+    for edge, position in enumerate((target - 1, target + size)):
+        has = edges[:, edge] > 0
+        flat_tokens[position[:, has]], flat_segments[position[:, has]] = delimiters[has, edge], segment[:, has]
     spans = Spans(*(x.reshape(-1) for x in (begin, size, target, segment)))
     factors, step = hash_factors(length), max(1, BLOCK // int(size.max()))
     blocks = [Spans(*(x[i : i + step] for x in spans)) for i in range(0, n * v, step)]

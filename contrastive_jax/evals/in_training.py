@@ -45,7 +45,9 @@ class Evaluator:
             params=None,  # each evaluation brings its own
             forward_with=forward_lib.make_forward(run.encoder.apply, run.mesh),
             tokenize_views=text_model.make_run_tokenize(
-                config, functools.partial(tokenizer.load, prepared.folders(config.data.dir)[0])
+                config,
+                functools.partial(tokenizer.load, prepared.folders(config.data.dir)[0]),
+                prompts=prepared.prompts_of(prepared.load_manifest(config.data.dir)),
             ),
             config=config,
         )

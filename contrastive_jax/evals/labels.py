@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from contrastive_jax.config.dense import vector_size
 from contrastive_jax.data import pieces, pipeline, prepared, views
 from contrastive_jax.data import spans as spans_lib
 from contrastive_jax.data.batch import Batch
 from contrastive_jax.inference import forward as forward_lib
-from contrastive_jax.models import encoder as encoder_lib
 from contrastive_jax.objectives import registry
 from contrastive_jax.objectives.objective import PairIds
 from contrastive_jax.runtime import sharding
@@ -42,9 +42,9 @@ class LabelledPairs:
         plain.data.copies, plain.labels.rdrop, plain.noise.ops, plain.tokens.name = 1, 0.0, (), ""
         self._config, self._mesh = plain.data, run.mesh
         self._records = prepared.open_split(plain.data.dir, split, plain.data.cache_dir, plain.data.cache_gb)
-        pipeline.check_fields(self._records.manifest.get("fields", 0), plain.data)
+        pipeline.check_fields(self._records.manifest, plain.data)
         make_views, encode = views_lib.make_views(plain, Vocabulary(0, {})), build.make_encode(run.encoder, plain, run.mesh)
-        objective = registry.make_objective(plain, plain.data.views, encoder_lib.vector_size(plain.model))
+        objective = registry.make_objective(plain, plain.data.views, vector_size(plain.model))
 
         def embed(encoder: Any, batch: Batch) -> jax.Array:
             return encode({"encoder": encoder}, make_views(batch, jax.random.key(0))[0], None).z
@@ -55,8 +55,11 @@ class LabelledPairs:
         """Returns the pairs of these records."""
         config, manifest = self._config, self._records.manifest
         whole = self._records.read_records(record)
-        units = pieces.fields(whole.tokens, whole.begin, manifest["reserved"]["eos"])
-        begin, size = spans_lib.cut_fields(units, config.views, config.max_span)
+        texts = pieces.texts_of_pairs(whole, manifest["reserved"]["eos"])
+        first = np.zeros(
+            (len(record), config.views - 1), np.float32
+        )  # the first of its positives and negatives, in their order
+        begin, size = spans_lib.cut_texts(texts, spans_lib.choose_texts(config, texts, first), config)
         delimiters = views.delimiter_ids(manifest, config.views) if config.delimiters else None
         cut = views.make_views(whole.tokens, begin, size, config.length, delimiters, config.pack_pairs, config.pack_rows)
         return Batch(cut.tokens, cut.segment, whole.document, cut.span_hash, whole.label)

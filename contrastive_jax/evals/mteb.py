@@ -1,12 +1,15 @@
-"""MTEB (Muennighoff et al., arXiv 2210.07316): tasks of the mteb package on an encoder of this project.
+"""MTEB (Muennighoff et al., arXiv 2210.07316): tasks and benchmarks of the mteb package on an encoder of this project.
 
 Dimensions: n, m texts, e embedding.
 """
 
 import importlib.metadata
+import re
 import types
+from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -50,10 +53,18 @@ class MtebModel:
             }
         )
 
-    def encode(self, inputs: Any, *, prompt_type: str | None = None, **_: Any) -> np.ndarray:
-        """Returns unit vectors float32[n e] of the texts of all batches; what mteb calls a document is encoded as one."""
+    def encode(self, inputs: Any, *, task_metadata: Any, prompt_type: Any = None, **_: Any) -> np.ndarray:
+        """Returns unit vectors float32[n e] of the texts of all batches.
+
+        A folder's prompt for the task, its type or the side of the texts is chosen as mteb does it for sentence-transformers.
+        Other texts are encoded as a document where mteb says so, and else as a query.
+        """
+        from mteb.models.abs_encoder import get_prompt_name
+
         texts = [text for batch in inputs for text in batch["text"]]
-        return self._model.encode(texts, prompt_type or "query")
+        prompts = self._model.prompts
+        name = get_prompt_name(dict(prompts), task_metadata, prompt_type) if isinstance(prompts, Mapping) else None
+        return self._model.encode(texts, str(name or (prompt_type.value if prompt_type else "query")))
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
         """Returns the cosines [n m] of a[n e] and b[m e]."""
@@ -106,8 +117,52 @@ def open_folder(model: TextModel, data: str, options: Options) -> epath.Path | N
     return epath.Path(transfer.local_copy(folder))
 
 
+def split_names(text: str) -> list[str]:
+    """Splits names at commas, but not at those in parentheses: "STS12,MTEB(eng, v2)" are two."""
+    return [name.strip() for name in re.split(r",(?![^()]*\))", text) if name.strip()]
+
+
+def find_tasks(name: str) -> list[Any]:
+    """Returns mteb's task of a name, or the tasks of its benchmark of that name.
+
+    Raises:
+      UserError: there is no such task or benchmark.
+    """
+    mteb = import_mteb()
+    reasons = []
+    for find in (lambda: [mteb.get_task(name)], lambda: [*mteb.get_benchmark(name).tasks]):
+        try:
+            return find()
+        except KeyError as error:
+            reasons.append(error.args[0].removeprefix("KeyError: "))
+    raise UserError(f"--mteb={name}: {next((reason for reason in reasons if 'Did you mean' in reason), reasons[0])}")
+
+
+def open_results(model: TextModel, options: Options) -> Any:
+    """Returns mteb's ResultCache, which writes results in MTEB's own format; None where none shall be written.
+
+    Raises:
+      UserError: `options.mteb_results` is on a bucket.
+    """
+    folder = options.mteb_results
+    if files.on_bucket(folder):
+        raise UserError(f"--mteb_results={folder}: mteb writes to local folders only; give one")
+    if not folder and model.config is not None and not files.on_bucket(model.name):
+        folder = f"{model.name}/mteb"
+    return import_mteb().ResultCache(epath.Path(folder).expanduser()) if folder and jax.process_index() == 0 else None
+
+
+def mean_scores(tasks: Any, scores: Mapping[str, float]) -> dict[str, float]:
+    """Returns the means of a benchmark, over its tasks and over the means of their types, as on MTEB's board."""
+    by_type: dict[str, list[float]] = {}
+    for task in tasks:
+        by_type.setdefault(task.metadata.type, []).append(scores[task.metadata.name])
+    all_scores = [score for of_type in by_type.values() for score in of_type]
+    return {"main_score": float(np.mean(all_scores)), "mean_of_types": float(np.mean([*map(np.mean, by_type.values())]))}
+
+
 def score_tasks(model: TextModel, folder: epath.Path | None, options: Options) -> Rows:
-    """Scores a model on the tasks `options.mteb` of mteb.
+    """Scores a model on the tasks and benchmarks `options.mteb` of mteb.
 
     Args:
       model: the encoder.
@@ -115,23 +170,24 @@ def score_tasks(model: TextModel, folder: epath.Path | None, options: Options) -
       options: names the tasks.
 
     Returns:
-      MTEB's name of each task → its main score.
+      MTEB's name of each task → its main score, and of each benchmark → the means.
 
     Raises:
       UserError: mteb is not installed, has no such task, or the data are not as they should be.
     """
-    mteb = import_mteb()
-    adapted, rows = MtebModel(model), {}
-    for name in options.mteb:
-        try:
-            task = mteb.get_task(name)
-        except KeyError as error:
-            raise UserError(f"--mteb={name}: {error.args[0].removeprefix('KeyError: ')}") from error
+    mteb, cache = import_mteb(), open_results(model, options)
+    found = {name: find_tasks(name) for name in options.mteb}
+    adapted, scores = MtebModel(model), dict[str, float]()
+    for task in {task.metadata.name: task for tasks in found.values() for task in tasks}.values():
+        name = task.metadata.name
         if folder is not None:
             use_local_data(task, folder / name if (folder / name).is_dir() else folder)
-        result = mteb.evaluate(adapted, task, cache=None, co2_tracker=False, show_progress_bar=False)
-        rows[name] = {"main_score": float(result.task_results[0].get_score())}
-    return rows
+        result = mteb.evaluate(
+            adapted, task, cache=cache, overwrite_strategy="always", co2_tracker=False, show_progress_bar=False
+        )
+        scores[name] = float(result.task_results[0].get_score())
+    rows = {name: {"main_score": score} for name, score in scores.items()}
+    return rows | {name: mean_scores(tasks, scores) for name, tasks in found.items() if name not in rows}
 
 
 def protocol_of(model: TextModel, folder: epath.Path | None, options: Options) -> dict[str, Any]:

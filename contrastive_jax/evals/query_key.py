@@ -87,8 +87,9 @@ def make_pairs(records: prepared.Records, config: ConfigDict, data: ConfigDict) 
     begin = whole.begin[:, None] + np.stack([first, first + config.span], axis=1)
     size = np.full(begin.shape, config.span)
     if fields:
-        units = pieces.fields(whole.tokens, whole.begin, records.manifest["reserved"]["eos"])
-        begin, size = spans_lib.cut_fields(units, 2, config.span)
+        texts = pieces.texts_of_pairs(whole, records.manifest["reserved"]["eos"])
+        begin, end = (texts.start[texts.first[:-1, None] + np.arange(first, first + 2)] for first in (0, 1))
+        size = np.minimum(end - begin - 1, config.span)
     spans = views.make_views(whole.tokens, begin, size, config.span).tokens[:, :, 0]
     delimiters = views.delimiter_ids(records.manifest, 2) if data.delimiters else None
     length = config.span + spans_lib.delimiter_count(data)

@@ -1,13 +1,18 @@
 """Retrieval over a BEIR folder (Thakur et al., arXiv 2104.08663): corpus.jsonl, queries.jsonl, qrels/test.tsv; exact search.
 
+A folder may also be one of NanoBEIR (hub: zeta-alpha-ai/Nano…): corpus, queries and qrels are then folders of Parquet files,
+documents have no title, and all grades are 1. The task `nanobeir` scores several such folders and their mean.
+
 Dimensions: q queries, n documents.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 from etils import epath
 
 from contrastive_jax import files
@@ -21,6 +26,8 @@ from contrastive_jax.runtime.progress import Progress
 BLOCK = 8192  # documents embedded and searched at once: a corpus need not fit into memory
 DEPTH = 100  # documents kept per query
 QUERIES = 64  # queries scored at once by a baseline
+FILES = ("*.jsonl", "qrels/test.tsv", "corpus/*.parquet", "queries/*.parquet", "qrels/*.parquet")
+PROTOCOL = {"similarity": "cosine", "document": "title and text", "gain": "linear"}
 
 
 class JudgedQueries(NamedTuple):
@@ -52,12 +59,43 @@ def read_entries(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield files.text_of(location, value, "_id"), value
 
 
+def is_nano(folder: epath.Path) -> bool:
+    """Returns whether a folder has its corpus as Parquet files."""
+    return (folder / "corpus").is_dir()
+
+
+def read_columns(folder: epath.Path, first: str, second: str) -> list[tuple[str, str]]:
+    """Returns two columns of all Parquet files of a folder, without rows whose second value is empty.
+
+    Raises:
+      UserError: a file is missing or damaged, or lacks a column; the message names it.
+    """
+    rows: list[tuple[str, str]] = []
+    paths = sorted(folder.glob("*.parquet"))
+    if not paths:
+        raise UserError(f"{folder}: no .parquet there; give a folder of NanoBEIR, with corpus, queries and qrels")
+    if len({path.name.partition("-")[0] for path in paths}) > 1:
+        raise UserError(f"{folder}: files of several data sets; give each data set a folder of its own")
+    for path in paths:
+        try:
+            table = pyarrow.parquet.read_table(str(path))
+            rows += zip(table[first].to_pylist(), table[second].to_pylist(), strict=True)
+        except (OSError, KeyError, pyarrow.ArrowException) as error:
+            raise UserError(f"{path}: not a Parquet file with {first!r} and {second!r} ({error}); fetch it again") from error
+    return [row for row in rows if row[1]]
+
+
 def read_queries(folder: epath.Path) -> JudgedQueries:
     """Reads the queries that have a relevant document, in the order of their file.
 
     Raises:
       UserError: a file is missing or a line is not as it should be.
     """
+    if is_nano(folder):
+        of_query: dict[str, dict[str, float]] = {}
+        for query, document in read_columns(folder / "qrels", "query-id", "corpus-id"):
+            of_query.setdefault(query, {})[document] = 1.0
+        return judge(folder / "qrels", read_columns(folder / "queries", "_id", "text"), of_query)
     path = check_file(folder / "qrels" / "test.tsv")
     relevant: dict[str, dict[str, float]] = {}
     for number, line in files.read_lines(path):
@@ -69,14 +107,30 @@ def read_queries(folder: epath.Path) -> JudgedQueries:
                 relevant.setdefault(query, {})[document] = float(grade)
         except ValueError as error:
             raise UserError(f"{path}:{number}: not query-id, corpus-id, score between tabs") from error
-    judged = [(value["text"], relevant[key]) for key, value in read_entries(folder / "queries.jsonl") if key in relevant]
+    return judge(path, ((key, value["text"]) for key, value in read_entries(folder / "queries.jsonl")), relevant)
+
+
+def judge(path: epath.Path, queries: Iterable[tuple[str, str]], relevant: dict[str, dict[str, float]]) -> JudgedQueries:
+    """Returns the queries (id, text) that have grades in `relevant`.
+
+    Raises:
+      UserError: there are none; the message names the path of the grades.
+    """
+    judged = [(text, relevant[key]) for key, text in queries if key in relevant]
     if not judged:
-        raise UserError(f"{path}: no query of queries.jsonl has a document with a score above 0")
+        raise UserError(f"{path}: no query has a document with a score above 0")
     return JudgedQueries([text for text, _ in judged], [grades for _, grades in judged])
 
 
 def read_documents(folder: epath.Path) -> Iterator[tuple[list[str], list[str]]]:
     """Yields ids and texts (title and text) of the corpus, in blocks."""
+    if is_nano(folder):
+        # Of documents with equal scores sentence-transformers' evaluator has that with the lower id first.
+        rows = sorted(read_columns(folder / "corpus", "_id", "text"))
+        for start in range(0, len(rows), BLOCK):
+            block = rows[start : start + BLOCK]
+            yield [key for key, _ in block], [text for _, text in block]
+        return
     ids, texts = [], []
     for key, value in read_entries(folder / "corpus.jsonl"):
         ids.append(key)
@@ -94,11 +148,11 @@ def all_documents(folder: epath.Path) -> list[str]:
 
 
 def measure_ranking(ranked: list[str], grades: dict[str, float]) -> dict[str, float]:
-    """Measures one query's ranking: nDCG@10 with linear gain as in trec_eval, MRR@10, recall at 20 and 100."""
+    """Measures one query's ranking: nDCG@10 with linear gain as in trec_eval, MRR@10, recall at 10, 20 and 100."""
     gain = sum(grades.get(name, 0.0) / math.log2(rank + 1) for rank, name in enumerate(ranked[:10], 1))
     ideal = sum(grade / math.log2(rank + 1) for rank, grade in enumerate(sorted(grades.values(), reverse=True)[:10], 1))
     first = next((1 / rank for rank, name in enumerate(ranked[:10], 1) if name in grades), 0.0)
-    recall = {f"recall@{k}": sum(name in grades for name in ranked[:k]) / len(grades) for k in (20, 100)}
+    recall = {f"recall@{k}": sum(name in grades for name in ranked[:k]) / len(grades) for k in (10, 20, 100)}
     return {"ndcg@10": gain / ideal, "mrr@10": first} | recall
 
 
@@ -153,7 +207,7 @@ TASK = make_vector_task(
     name="retrieval",
     score=score_encoder,
     all_texts=all_documents,
-    files=("*.jsonl", "qrels/test.tsv"),
-    protocol={"similarity": "cosine", "document": "title and text", "gain": "linear"},
+    files=FILES,
+    protocol=PROTOCOL,
     own_baselines={"TF-IDF": score_tfidf, "BM25": score_bm25},
 )

@@ -23,7 +23,8 @@ class Options(NamedTuple):
       epochs: epochs of a fine-tuning (glue).
       seeds: number of fine-tunings (glue), each with its own seed.
       joined: whether a fine-tuning has both texts of a pair in one row (glue).
-      mteb: names of MTEB's tasks (mteb).
+      mteb: names of MTEB's tasks and benchmarks (mteb).
+      mteb_results: a folder for results as MTEB writes them (mteb); empty: WORKDIR/mteb of a run, and none for other models.
       cache: a file that keeps vectors of texts between evaluations; None: keep none.
     """
 
@@ -33,6 +34,7 @@ class Options(NamedTuple):
     seeds: int = 3
     joined: bool = False
     mteb: Sequence[str] = ("STSBenchmark",)
+    mteb_results: str = ""
     cache: pathlib.Path | None = None
 
 

@@ -1,6 +1,6 @@
 """The table of tasks by name."""
 
-from contrastive_jax.evals import classify, codesearch, glue, information, mteb, query_key, retrieval, sts, wordsim
+from contrastive_jax.evals import classify, codesearch, glue, information, mteb, nanobeir, query_key, retrieval, sts, wordsim
 from contrastive_jax.evals.task import Task
 
 TASKS: dict[str, Task] = {
@@ -11,6 +11,7 @@ TASKS: dict[str, Task] = {
         sts.TASK,
         wordsim.TASK,
         retrieval.TASK,
+        nanobeir.TASK,
         codesearch.TASK,
         classify.PROBE,
         classify.KNN,

@@ -169,7 +169,7 @@ def base_values(layers: int, width: int, heads: int, d_ff: int) -> dict[str, Any
         raise UserError(f"config.json: a width of {width} does not divide over {heads} heads; is the file damaged?")
     choices = dict(mixer="attention", position="learned", norm="layernorm", bias=True, causal=False, local_window=0)
     counts = dict(num_layers=layers, d_model=width, num_heads=heads, num_kv_heads=heads, head_dim=width // heads, d_ff=d_ff)
-    return choices | counts | dict(embedding_dim=0, pool_tanh="")
+    return choices | counts | dict(pool_tanh="")
 
 
 def bert_values(config: dict[str, Any]) -> dict[str, Any]:
@@ -363,8 +363,7 @@ def family_of(model: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         if family.to_config is None:  # a family that is only read
             continue
         hf_config = family.to_config(model)
-        # The projection is not part of the family: it is exported as a module of its own.
-        expected = family.to_values(hf_config) | {"embedding_dim": model["embedding_dim"]}
+        expected = family.to_values(hf_config)
         # An encoder without biases matches a family with biases: they are exported as zeros.
         differing = [key for key, value in expected.items() if model[key] != value and not (key == "bias" and value)]
         if not differing:

@@ -21,6 +21,7 @@ NAMES = {name: f"[{name}]" for name in RESERVED_PIECES}
 PROMPTS = {"query": "query: ", "document": "document: "}
 # View → the reserved names of its delimiters.
 DELIMITERS = dict(zip(PROMPTS, tokenizer_json.DELIMITERS, strict=True))
+STRIP = normalizers.Replace(Regex(r"\A\s+|\s+\z"), "")
 NEVER = -1000.0  # the score of pieces that are not to be found in a text
 
 
@@ -49,7 +50,7 @@ def convert(
 
 
 def convert_json(tokenizer: JsonTokenizer, views: tuple[str, ...], special_tokens: bool) -> tokenizers.Tokenizer:
-    """Returns a tokenizer.json as it is, with delimiters where it had none of its own.
+    """Returns a tokenizer.json that strips texts, as `RunTokenize` does, with delimiters where it has no template of its own.
 
     Raises:
       UserError: it has no delimiters of its own and shall serve both views, or ids cannot be added after its vocabulary.
@@ -60,9 +61,10 @@ def convert_json(tokenizer: JsonTokenizer, views: tuple[str, ...], special_token
         description["post_processor"] = None
     converted = tokenizers.Tokenizer.from_str(json.dumps(description))
     converted.no_padding()
+    converted.normalizer = normalizers.Sequence([STRIP, *([converted.normalizer] if converted.normalizer else [])])
     if not special_tokens:
         return converted
-    if views and tokenizer.wrapped:  # [CLS] and [SEP], for both views
+    if views and tokenizer.has_template:  # which is that of both views
         return converted
     if len(views) > 1:
         raise UserError("--view=both: this tokenizer cannot tell the views apart; export with --view=query or --view=document")
@@ -93,9 +95,8 @@ def convert_sentencepiece(tokenizer: Tokenizer, views: tuple[str, ...]) -> token
         raise UserError("tokenizer.model was not trained by `prepare`; only such tokenizers can be exported")
     converted = tokenizers.Tokenizer(models.Unigram(scored_pieces(tokenizer), unk_id=processor.unk_id(), byte_fallback=True))
     converted.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), decoders.Replace("▁", " ")])
-    strip = normalizers.Replace(Regex(r"\A\s+|\s+\z"), "")
     by_prompt = prompt_rules(views) if len(views) > 1 else []
-    converted.normalizer = normalizers.Sequence([*by_prompt, strip, normalizers.Replace(" ", "▁")])
+    converted.normalizer = normalizers.Sequence([*by_prompt, STRIP, normalizers.Replace(" ", "▁")])
     if len(views) == 1:
         wrap(converted, tokenizer.reserved, views)
     special = [NAMES["pad"]]

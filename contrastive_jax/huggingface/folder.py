@@ -1,7 +1,7 @@
 """Folders of sentence-transformers and plain Hugging Face folders: which files they have, and what these mean here.
 
-modules.json lists the parts of a sentence-transformers model in their order: Transformer (or StaticEmbedding), Pooling, Dense,
-Normalize. A plain Hugging Face folder has none and is one Transformer.
+modules.json lists the parts of a sentence-transformers model in their order: Transformer (or StaticEmbedding), Pooling, any
+number of Dense, Normalize. A plain Hugging Face folder has none and is one Transformer.
 """
 
 import json
@@ -15,6 +15,7 @@ from etils import epath
 
 from contrastive_jax import files
 from contrastive_jax.config import UserError
+from contrastive_jax.config.dense import Dense, dense_layers
 from contrastive_jax.files import transfer
 from contrastive_jax.huggingface import weights
 
@@ -26,6 +27,8 @@ POOLING = {
     "pooling_mode_lasttoken": "eos",
 }
 POOLING_WORDS = {"mean": "mean", "max": "max", "cls": "cls", "lasttoken": "eos"}
+# The place of each module among the others.
+ORDER = {"Transformer": 0, "StaticEmbedding": 0, "Pooling": 1, "Dense": 2, "Normalize": 3}
 # The files that are read: of the model, and of its modules.
 FILES = ("*.json", "*.safetensors", "*/*.json", "*/*.safetensors")
 # Longest text in tokens of a StaticEmbedding whose tokenizer sets no limit, and of a Transformer whose files state none.
@@ -40,14 +43,16 @@ class Modules(NamedTuple):
       main: the folder of the Transformer or StaticEmbedding.
       is_bag: whether it is a StaticEmbedding.
       pooling: a value of `config.model.pooling`.
-      projection: the folder of the Dense, if there is one.
+      include_prompt: whether the tokens of a prompt are pooled too.
+      dense: the folders of the Dense, first to last.
     """
 
     folder: pathlib.Path
     main: pathlib.Path
     is_bag: bool = False
     pooling: str = "mean"
-    projection: pathlib.Path | None = None
+    include_prompt: bool = True
+    dense: tuple[pathlib.Path, ...] = ()
 
 
 class TextSettings(NamedTuple):
@@ -58,7 +63,7 @@ class TextSettings(NamedTuple):
       max_tokens: the longest text in tokens, special tokens included.
       lower_case: whether texts are lower-cased first.
       split_special_tokens: whether a special token's name in a text, "[PAD]", is text like any other.
-      prompts: view → the text put before its texts; views without one are absent.
+      prompts: view, or another name → the text put before the texts that are encoded under it; those without one are absent.
     """
 
     tokenizer: pathlib.Path
@@ -86,16 +91,25 @@ def read_modules(name: epath.PathLike) -> Modules:
         described = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); is the folder complete?") from error
-    for module in described:
-        kind, part = module["type"].rpartition(".")[2], folder / module["path"]
+    kinds = [module["type"].rpartition(".")[2] for module in described]
+    for kind in kinds:
+        if kind not in ORDER:
+            raise UserError(f"{path}: module {kind}; this encoder has {', '.join(ORDER)}")
+    places = [ORDER[kind] for kind in kinds]
+    if places != sorted(places) or places.count(0) != 1 or places.count(1) > 1:
+        names = ", ".join(kinds)
+        raise UserError(
+            f"{path}: modules {names}; this encoder has one of each, and many Dense, in the order {', '.join(ORDER)}"
+        )
+    for kind, module in zip(kinds, described, strict=True):
+        part = folder / module["path"]
         if kind in ("Transformer", "StaticEmbedding"):
             modules = modules._replace(main=part, is_bag=kind == "StaticEmbedding")
         elif kind == "Pooling":
-            modules = modules._replace(pooling=read_pooling(part / "config.json"))
+            include_prompt = files.read_json(part / "config.json").get("include_prompt", True)
+            modules = modules._replace(pooling=read_pooling(part / "config.json"), include_prompt=include_prompt)
         elif kind == "Dense":
-            modules = modules._replace(projection=part)
-        elif kind != "Normalize":
-            raise UserError(f"{path}: module {kind}; this encoder has Transformer, StaticEmbedding, Pooling, Dense, Normalize")
+            modules = modules._replace(dense=(*modules.dense, part))
     return modules
 
 
@@ -106,13 +120,26 @@ def read_pooling(path: pathlib.Path) -> str:
       UserError: this encoder lacks it.
     """
     config = files.read_json(path)
-    modes = [key for key, value in config.items() if key.startswith("pooling_mode") and value is True]
-    if isinstance(config.get("pooling_mode"), str):
-        modes.append(config["pooling_mode"])
+    switches = [key for key, value in config.items() if key.startswith("pooling_mode_") and value is True]
+    stated = config.get("pooling_mode") or switches or "mean"
+    modes = [stated] if isinstance(stated, str) else stated
     poolings = [(POOLING | POOLING_WORDS).get(mode) for mode in modes]
     if len(poolings) != 1 or poolings[0] is None:
         raise UserError(f"{path}: pooling by {', '.join(modes)}; this encoder knows {', '.join(POOLING_WORDS)}")
     return poolings[0]
+
+
+def read_head(modules: Modules, values: dict[str, Any]) -> dict[str, Any]:
+    """Returns the values of `config.model` of a folder's encoder, with those of its Pooling and Dense laid over them.
+
+    Raises:
+      UserError: a Dense is one that this encoder cannot be.
+    """
+    layers = [weights.read_dense(folder) for folder in modules.dense]
+    values = values | {"pooling": modules.pooling, "embedding_dim": 0, "dense": ()}
+    if layers and layers == [Dense(layers[0].width, "identity", values.get("bias", True))]:
+        return values | {"embedding_dim": layers[0].width}
+    return values | {"dense": tuple(map(tuple, layers))}
 
 
 def read_values(modules: Modules) -> dict[str, Any]:
@@ -124,29 +151,27 @@ def read_values(modules: Modules) -> dict[str, Any]:
     Raises:
       UserError: a file is missing, or the model is one that this encoder cannot be; the message names it.
     """
-    projection = files.read_json(modules.projection / "config.json") if modules.projection else {"out_features": 0}
-    values = {"pooling": modules.pooling, "embedding_dim": projection["out_features"]}
     if modules.is_bag:
-        return weights.bag_values(modules.main) | values
+        return read_head(modules, weights.bag_values(modules.main))
     config = weights.read_config(modules.main)
-    values |= weights.FAMILIES[config["model_type"]].to_values(config)
+    values = read_head(modules, weights.FAMILIES[config["model_type"]].to_values(config))
     return values | ({"max_length": weights.position_rows(config)} if values["position"] == "learned" else {})
 
 
 def read_model(modules: Modules) -> weights.Imported:
-    """Reads the encoder of a folder, its projection included.
+    """Reads the encoder of a folder, its Dense included.
 
     Returns:
-      The model, whose values of `config.model` also have pooling, embedding_dim and, where positions are learned, max_length.
+      The model, whose values of `config.model` also have pooling, embedding_dim, dense and, where positions are learned,
+      max_length.
 
     Raises:
       UserError: a file is missing, or the model is one that this encoder cannot be; the message names it.
     """
     imported = weights.load_bag(modules.main) if modules.is_bag else weights.load_transformer(modules.main)
-    params, values = imported.params, imported.model | {"pooling": modules.pooling}
-    if modules.projection:
-        params |= {"projection": weights.load_projection(modules.projection)}
-        values["embedding_dim"] = params["projection"]["kernel"].shape[1]
+    values = read_head(modules, imported.model)
+    parts = zip(dense_layers({"bias": True} | values), modules.dense, strict=True)
+    params = imported.params | {name: weights.load_dense(folder) for name, folder in parts}
     if imported.length is not None:
         values["max_length"] = imported.length
     return imported._replace(params=params, model=values)
@@ -173,18 +198,31 @@ def read_text_settings(modules: Modules, positions: int | None) -> TextSettings:
     else:
         limits = [
             positions,
-            settings.get("max_seq_length"),
-            tokenizer_settings.get("model_max_length"),
+            settings.get("max_seq_length") or tokenizer_settings.get("model_max_length"),
             files.read_json(main / "config.json").get("max_position_embeddings"),
         ]
-    prompts: dict[str, Any] = files.read_json(modules.folder / "config_sentence_transformers.json").get("prompts") or {}
     return TextSettings(
         tokenizer=tokenizer,
         max_tokens=int(min((limit for limit in limits if limit), default=DEFAULT_MAX_TOKENS)),
         lower_case=bool(settings.get("do_lower_case")),
         split_special_tokens=bool(tokenizer_settings.get("split_special_tokens")),
-        prompts={view: prompts[view] for view in ("query", "document") if prompts.get(view)},
+        prompts=read_prompts(modules.folder / "config_sentence_transformers.json"),
     )
+
+
+def read_prompts(path: pathlib.Path) -> dict[str, str]:
+    """Returns the prompts of a folder by their names, without empty ones.
+
+    encode_query of sentence-transformers takes "query"; encode_document takes the first of "document", "passage" and "corpus"
+    that there is. But its loader (of 6.2) adds an empty "query" and "document" where there is none, so it never comes to the
+    others, nor to default_prompt_name. To give its vectors, neither do the views here; other prompts can be asked for by name.
+    """
+    prompts = {name: text for name, text in (files.read_json(path).get("prompts") or {}).items() if text}
+    unused = [name for name in ("passage", "corpus") if name in prompts and "document" not in prompts]
+    if unused:
+        advice = "documents get no prompt, as in sentence-transformers; if they shall have that of %r, name it 'document'"
+        logging.warning(f"%s: {advice}", path, unused[0])
+    return prompts
 
 
 def write_folder(
@@ -213,9 +251,8 @@ def write_folder(
       UserError: the encoder belongs to no family; the message names the keys that differ.
     """
     tokenizer.save(str(folder / "tokenizer.json"))
-    parts = [("Normalize", "3_Normalize")]
-    if model["embedding_dim"]:
-        parts.insert(0, ("Dense", "2_Dense"))
+    dense = {name: f"{number}_Dense" for number, name in enumerate(dense_layers(model), 2)}
+    parts = [*(("Dense", path) for path in dense.values()), ("Normalize", f"{len(dense) + 2}_Normalize")]
     if model["num_layers"]:
         weights.save_transformer(folder, params, dict(model), max_tokens, pad)
         weights.write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_tokens, "do_lower_case": False})
@@ -230,8 +267,8 @@ def write_folder(
         (folder / path).mkdir(exist_ok=True)
     if model["num_layers"]:
         weights.write_json(folder / "1_Pooling" / "config.json", pooling_config(model["pooling"], model["d_model"]))
-    if model["embedding_dim"]:
-        weights.save_projection(folder / "2_Dense", params["projection"])
+    for name, layer in dense_layers(model).items():
+        weights.save_dense(folder / dense[name], params[name], layer.activation)
     modules = [
         {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.models.{kind}"}
         for number, (kind, path) in enumerate(parts)

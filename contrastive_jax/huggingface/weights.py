@@ -18,6 +18,7 @@ from safetensors import safe_open
 
 from contrastive_jax import files
 from contrastive_jax.config import UserError
+from contrastive_jax.config.dense import Dense
 from contrastive_jax.huggingface.families import FAMILIES, Entry, Family, family_of
 
 Params = Any  # nested dict of arrays
@@ -29,11 +30,11 @@ ARCHITECTURES = {"bert": "BertModel", "gpt2": "GPT2Model", "modernbert": "Modern
 POSITIONS = "embeddings.position_embeddings.weight"
 TOKEN_TYPES = "embeddings.token_type_embeddings.weight"
 BAG_TABLE = "embedding.weight"
-IDENTITY = "torch.nn.modules.linear.Identity"
+VECTOR = "sentence_embedding"  # the name that sentence-transformers' modules have for a text's vector
+# The activation of a layer of `config.model.dense` → the class of sentence-transformers' Dense.
+DENSE = {"identity": "torch.nn.modules.linear.Identity", "tanh": "torch.nn.modules.activation.Tanh"}
 # Values of `config.model` of a StaticEmbedding, which is the mean of the embeddings of tokens.
-BAG: dict[str, Any] = dict(
-    num_layers=0, position="none", embedding_norm=False, final_norm=False, embedding_dim=0, pooling="mean", pool_tanh=""
-)
+BAG: dict[str, Any] = dict(num_layers=0, position="none", embedding_norm=False, final_norm=False, pooling="mean", pool_tanh="")
 
 
 class Imported(NamedTuple):
@@ -134,25 +135,37 @@ def load_bag(folder: pathlib.Path) -> Imported:
     return Imported("bag", values, {"transformer": {"embedding": embedding}}, None)
 
 
-def load_projection(folder: pathlib.Path) -> Params:
-    """Reads a layer of sentence-transformers' class Dense.
-
-    Returns:
-      {"kernel": float32[d e]}, and "bias": float32[e] if the layer has one.
+def read_dense(folder: pathlib.Path) -> Dense:
+    """Reads the config.json of sentence-transformers' class Dense.
 
     Raises:
-      UserError: the layer has an activation or a residual connection.
+      UserError: the layer has an activation that this encoder lacks, a residual connection, or other inputs than vectors.
     """
     path = folder / "config.json"
     config = files.read_json(path)
-    activation = config.get("activation_function", "Tanh")
-    if not activation.endswith("Identity"):
-        raise UserError(f"{path}: activation_function={activation}; this encoder has no such layer, so choose another model")
-    if config.get("use_residual"):
-        raise UserError(f"{path}: use_residual=true; this encoder has no such layer, so choose another model")
+    name = config.get("activation_function", DENSE["tanh"])
+    # The module of a class differs between versions of torch. Of classes from elsewhere the library makes a tanh.
+    activations = [key for key, known in DENSE.items() if name.split(".")[-1] == known.split(".")[-1]]
+    if not activations or not name.startswith("torch."):
+        raise UserError(f"{path}: activation_function={name}; this encoder has Identity and Tanh, so choose another model")
+    wrong = [f"use_residual={config['use_residual']}"] if config.get("use_residual") else []
+    for key in ("module_input_name", "module_output_name"):
+        if config.get(key, VECTOR) != VECTOR:
+            wrong.append(f"{key}={config[key]}")
+    if wrong:
+        raise UserError(f"{path}: {', '.join(wrong)}; this encoder has no such layer, so choose another model")
+    return Dense(config["out_features"], activations[0], config.get("bias", True))
+
+
+def load_dense(folder: pathlib.Path) -> Params:
+    """Reads the weights of sentence-transformers' class Dense.
+
+    Returns:
+      {"kernel": float32[d e]}, and "bias": float32[e] if the layer has one.
+    """
     tensors = read_tensors(folder)
-    projection = {"kernel": tensors["linear.weight"].T.astype(np.float32)}
-    return projection | ({"bias": tensors["linear.bias"].astype(np.float32)} if config.get("bias", True) else {})
+    layer = {"kernel": tensors["linear.weight"].T.astype(np.float32)}
+    return layer | ({"bias": tensors["linear.bias"].astype(np.float32)} if "linear.bias" in tensors else {})
 
 
 def save_transformer(folder: pathlib.Path, params: Params, model: dict[str, Any], max_tokens: int, pad: int) -> str:
@@ -195,18 +208,18 @@ def save_bag(folder: pathlib.Path, params: Params, model: dict[str, Any]) -> Non
     Raises:
       UserError: the encoder is more than that; the message names the keys that differ.
     """
-    wrong = [key for key, value in BAG.items() if model[key] != value and key != "embedding_dim"]  # a module of its own
+    wrong = [key for key, value in BAG.items() if model[key] != value]
     if wrong:
         changes = ", ".join(f"{key}={BAG[key]!r} (is {model[key]!r})" for key in wrong)
         raise UserError(f"config.model: no layers, but no plain bag of embeddings either; that has {changes}")
     save_tensors(folder, {BAG_TABLE: np.ascontiguousarray(params["transformer"]["embedding"])})
 
 
-def save_projection(folder: pathlib.Path, projection: Params) -> None:
-    """Writes a projection {kernel [d e], bias [e]} as sentence-transformers' Dense."""
-    kernel, bias = np.asarray(projection["kernel"]), projection.get("bias")
+def save_dense(folder: pathlib.Path, params: Params, activation: str) -> None:
+    """Writes a layer {kernel [d e], bias [e]} with its activation, "identity" or "tanh", as sentence-transformers' Dense."""
+    kernel, bias = np.asarray(params["kernel"]), params.get("bias")
     width, dim = kernel.shape
-    config = {"in_features": width, "out_features": dim, "bias": bias is not None, "activation_function": IDENTITY}
+    config = {"in_features": width, "out_features": dim, "bias": bias is not None, "activation_function": DENSE[activation]}
     write_json(folder / "config.json", config)
     tensors = {"linear.weight": np.ascontiguousarray(kernel.T)}
     save_tensors(folder, tensors if bias is None else tensors | {"linear.bias": np.asarray(bias)})

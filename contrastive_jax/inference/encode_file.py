@@ -1,6 +1,8 @@
 """A file of texts to a file of vectors, in blocks, so that memory does not grow with the file."""
 
 import contextlib
+import itertools
+import re
 from collections.abc import Iterator
 
 import jax
@@ -41,6 +43,18 @@ def blocks(path: epath.Path) -> Iterator[list[str]]:
         yield block
 
 
+def parse_shard(value: str) -> tuple[int, int]:
+    """Returns (i, n) of "i/n".
+
+    Raises:
+      UserError: it is written in another way, or i is not below n.
+    """
+    found = re.fullmatch(r"(\d+)/(\d+)", value)
+    if not found or int(found[1]) >= int(found[2]):
+        raise UserError(f"--shard={value}: write I/N, where I is 0 to N - 1")
+    return int(found[1]), int(found[2])
+
+
 def quantize(z: np.ndarray, dtype: str, dim: int | None) -> np.ndarray:
     """Converts unit vectors to what is stored.
 
@@ -72,10 +86,13 @@ def encode_file(
     dtype: str = "float32",
     dim: int | None = None,
     view: str = "query",
+    shard: tuple[int, int] = (0, 1),
 ) -> None:
-    """Writes the vectors of all texts of a file; row i of the .npy is text i, and the file appears when it is whole.
+    """Writes the vectors of all texts of a file, or of a part; row i of the .npy is text i, and it appears when it is whole.
 
-    Every process must call it, with the same arguments; each must be able to read the source.
+    A part is a run of blocks, since the last bits of a vector may depend on the texts that are encoded with it: the parts,
+    joined in order, are the file that is written without `shard`, bit for bit. Every process must call it, with the same
+    arguments; each must be able to read the source.
 
     Args:
       model: the encoder.
@@ -84,6 +101,7 @@ def encode_file(
       dtype: see `quantize`.
       dim: see `quantize`.
       view: "query" or "document".
+      shard: (i, n): write the i-th of n parts, i from 0; where there are fewer blocks than parts, some have no rows.
 
     Raises:
       UserError: the source has no text or cannot be read, or the target cannot be written; the message says what to give.
@@ -96,19 +114,18 @@ def encode_file(
     count = sum(1 for _ in read_texts(source))
     if not count:
         raise UserError(f"--input={source}: it has no text; give lines of text, or a .jsonl")
-    output: np.memmap | None = None
-    done = 0
+    total = -(-count // BLOCK)
+    begin, end = (total * part // shard[1] for part in (shard[0], shard[0] + 1))
+    size, none = min(end * BLOCK, count) - begin * BLOCK, quantize(np.zeros((0, model.dim), np.float32), dtype, dim)
+    header = {"descr": np.lib.format.dtype_to_descr(none.dtype), "fortran_order": False, "shape": (size, none.shape[1])}
     with contextlib.ExitStack() as stack:
-        path = stack.enter_context(transfer.new_file(target)) if first else None
-        progress = stack.enter_context(Progress("encoding", total=count, unit="texts"))
-        for block in blocks(source):
+        file = stack.enter_context(stack.enter_context(transfer.new_file(target)).open("wb")) if first else None
+        if file:
+            np.lib.format.write_array_header_1_0(file, header)
+        progress = stack.enter_context(Progress("encoding", total=size, unit="texts"))
+        for block in itertools.islice(blocks(source), begin, end):
             rows = quantize(model.encode(block, view, progress), dtype, dim)
-            if path is None:
-                continue
-            if output is None:
-                output = np.lib.format.open_memmap(path, "w+", rows.dtype, (count, rows.shape[1]))
-            output[done : done + len(rows)] = rows
-            done += len(rows)
-        del output  # flushes
-    logging.info("%d of %d texts were truncated to %d tokens", model.truncation.truncated, count, model.max_tokens)
+            if file:
+                file.write(rows.tobytes())
+    logging.info("%d of %d texts were truncated to %d tokens", model.truncation.truncated, size, model.max_tokens)
     logging.info("written to %s", target)

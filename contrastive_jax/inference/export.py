@@ -22,7 +22,7 @@ from contrastive_jax.huggingface import fast_tokenizer
 from contrastive_jax.huggingface import folder as folder_lib
 from contrastive_jax.inference import batching, text_model
 from contrastive_jax.inference.model_card import model_card
-from contrastive_jax.inference.tokenize import VIEWS
+from contrastive_jax.inference.tokenize import VIEWS, RunTokenize
 
 TOLERANCE = 1e-5
 # Texts that an export is checked on: several languages, code, spaces, no text, a text that is truncated.
@@ -77,8 +77,9 @@ def write(model: text_model.TextModel, config: ConfigDict, folder: pathlib.Path,
             raise UserError("config.data.delimiters: a bag of embeddings with delimiters has no form in sentence-transformers")
         views = VIEWS if view == "both" else (view,)
     by_prompt = len(views) > 1 and isinstance(tokenizer, tokenizer_lib.Tokenizer)
-    prompts = dict(fast_tokenizer.PROMPTS) if by_prompt else {}
-    if prompts and model.pooling == "eos":
+    own = model.tokenize_views.own_prompts if isinstance(model.tokenize_views, RunTokenize) else {}
+    prompts = {name: fast_tokenizer.PROMPTS[name] + own.get(name, "") for name in VIEWS} if by_prompt else dict(own)
+    if by_prompt and model.pooling == "eos":
         logging.warning(
             "texts of more than %d tokens will lose the closing delimiter, from which this model's vectors are taken; "
             "shorten them before, or export with --view=query or document",
@@ -117,7 +118,7 @@ def check_vectors(model: text_model.TextModel, folder: pathlib.Path, view: str, 
     for name in VIEWS:
         if view in ("both", name) or model.prompts == "none":
             z = batching.embed_ragged(forward, model.tokenize(samples, name), model.max_tokens)
-            z_exported = exported.encode(samples, prompt_name=name if prompts else None, show_progress_bar=False)
+            z_exported = exported.encode(samples, prompt_name=name if name in prompts else None, show_progress_bar=False)
             largest = max(largest, float(np.abs(z - z_exported).max()))
     if largest > TOLERANCE:
         raise RuntimeError(f"the vectors of the exported model differ by {largest:.1e} from the run's; nothing was written")

@@ -130,7 +130,9 @@ class Writer:
         _, params = read_params(parse_model_name(name), functools.partial(text_model.shardings_on_all_devices, config.model))
         tokenizer = self.model.tokenizer
         second = DELIMITERS[min(spans.make_sampler(config.data).views - 1, 1)]  # copies are all x
-        self.begin, end = (tokenizer.reserved[name] for name in second)
+        if not set(second) <= tokenizer.reserved.keys():
+            raise UserError(f"--model={name}: its tokenizer marks no begin and end of a text; train with one that does")
+        self.begin, end = (tokenizer.reserved[edge] for edge in second)
         reserved = [index for index in tokenizer.reserved.values() if index != end]
         self._forbidden = [*reserved, *range(tokenizer.vocab_size, len(params["tokens"]["bias"]))]
         self._end, self._params = end, params

@@ -20,13 +20,15 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from contrastive_jax import files
 from contrastive_jax.config import UserError, default_config, load_run_config
+from contrastive_jax.config.dense import vector_size
 from contrastive_jax.data import prepared
 from contrastive_jax.data import tokenizer as tokenizer_lib
 from contrastive_jax.huggingface import folder as folder_lib
 from contrastive_jax.inference import batching, hosts
 from contrastive_jax.inference.forward import Forward, make_forward
-from contrastive_jax.inference.tokenize import VIEWS, AnyTokenizer, FolderTokenize, RunTokenize, Tokenize, TruncationCount
+from contrastive_jax.inference.tokenize import AnyTokenizer, FolderTokenize, RunTokenize, Tokenize, TruncationCount
 from contrastive_jax.models import encoder as encoder_lib
 from contrastive_jax.runtime import digest, layout, sharding
 from contrastive_jax.runtime.model_name import ModelName, parse_model_name, read_params
@@ -76,7 +78,7 @@ class TextModel:
     @property
     def dim(self) -> int:
         """The size e of the vectors."""
-        return encoder_lib.vector_size(self.model_config)
+        return vector_size(self.model_config)
 
     @property
     def max_tokens(self) -> int:
@@ -107,9 +109,11 @@ class TextModel:
 
         The first call hashes the parameters. The key "step" is absent for an exported or Hugging Face folder.
         """
+        leaves_out = any(self.tokenize_views.prompt_tokens(view) for view in self.tokenize_views.views)
         return (
             {"model": self.name}
             | ({} if self.step is None else {"step": self.step})
+            | ({"include_prompt": False} if leaves_out else {})
             | {
                 "pooling": self.pooling,
                 "prompts": self.prompts,
@@ -133,7 +137,8 @@ class TextModel:
 
         Args:
           texts: n texts; each is stripped, and truncated to `max_tokens`.
-          view: "query" or "document". Models without delimiters or prompts encode both alike.
+          view: "query" or "document", which models without delimiters or prompts encode alike; or the name of another prompt
+            that the model's folder has.
           progress: counts the texts; None: a line is logged every few seconds.
 
         Returns:
@@ -141,8 +146,8 @@ class TextModel:
         """
         if isinstance(texts, str):
             raise TypeError(f"texts={texts!r}: give a list of texts")
-        if view not in VIEWS:
-            raise ValueError(f"view={view!r}: choose one of {', '.join(VIEWS)}")
+        if view not in self.tokenize_views.views:
+            raise ValueError(f"view={view!r}: choose one of {', '.join(self.tokenize_views.views)}")
         if len(texts) == 0:
             return np.zeros((0, self.dim), np.float32)
         tokenized = hosts.tokenize_together(self.tokenize_views, texts, view)
@@ -150,13 +155,22 @@ class TextModel:
         return self.encode_rows(tokenized.rows, view, progress)
 
     def encode_rows(self, rows: Sequence[Sequence[int]], view: str = "query", progress: Progress | None = None) -> np.ndarray:
-        """Encodes n rows of token ids, from `tokenize`, to unit vectors float32[n e]; `view` is for the progress line alone."""
+        """Encodes n rows of token ids, from `tokenize` with this view, to unit vectors float32[n e]."""
+        prompt_tokens = self.tokenize_views.prompt_tokens(view)
+
+        def forward(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+            """As a joined row: the prompt is part 2, and the vector that of part 1."""
+            in_prompt = mask & (np.arange(mask.shape[1]) < prompt_tokens)
+            return self.forward(tokens, mask + in_prompt.astype(np.int32))
+
         limits = batching.device_limits(jax.default_backend()).times(jax.device_count())
         with contextlib.ExitStack() as stack:
             if progress is None:
                 progress = stack.enter_context(Progress(f"encoding {view} texts", len(rows), "texts", quiet_if_short=True))
             shortest = self.max_tokens if encoder_lib.pads_rows(self.model_config) else 0
-            return batching.embed_ragged(self.forward, rows, self.max_tokens, limits, progress.advance, shortest)
+            return batching.embed_ragged(
+                forward if prompt_tokens else self.forward, rows, self.max_tokens, limits, progress.advance, shortest
+            )
 
     def encode_query(self, texts: Sequence[str]) -> np.ndarray:
         """Encodes n queries to unit vectors float32[n e]."""
@@ -211,7 +225,9 @@ def load_run(name: ModelName, max_tokens: int | None = None) -> TextModel:
         encoder=encoder,
         params=params,
         forward_with=forward_with,
-        tokenize_views=make_run_tokenize(config, lambda: load_tokenizer(workdir, config), max_tokens),
+        tokenize_views=make_run_tokenize(
+            config, lambda: load_tokenizer(workdir, config), max_tokens, files.read_json(workdir / prepared.PROMPTS)
+        ),
         config=config,
         step=step,
     )
@@ -234,8 +250,9 @@ def load_folder(folder: epath.PathLike, max_tokens: int | None = None) -> TextMo
     limit = choose_max_tokens(f"hf:{folder}", max_tokens, settings.max_tokens, positions)
     model_config = default_config().model
     # Plain attention takes rows of any length on every device; the kernels do not.
-    model_config.update({"max_length": settings.max_tokens} | imported.model, attention="plain")
-    encoder, forward_with = make_encoder_on_all_devices(model_config, imported.params)
+    # A prompt that is not pooled is the second part of a joined row (`TextModel.encode_rows`): each part sees the other.
+    model_config.update({"max_length": settings.max_tokens} | imported.model, attention="plain", part_mask="full")
+    encoder, forward_with = make_encoder_on_all_devices(model_config, imported.params, joined=not modules.include_prompt)
     return TextModel(
         name=f"hf:{folder}",
         model_config=model_config,
@@ -246,6 +263,7 @@ def load_folder(folder: epath.PathLike, max_tokens: int | None = None) -> TextMo
             file=settings.tokenizer,
             max_tokens=limit,
             prompts=settings.prompts or "none",
+            include_prompt=modules.include_prompt,
             lower_case=settings.lower_case,
             special_tokens=not modules.is_bag,
             split_special_tokens=settings.split_special_tokens,
@@ -270,20 +288,26 @@ def choose_max_tokens(name: str, wanted: int | None, default: int, positions: in
     return default if wanted is None else wanted
 
 
-def make_run_tokenize(config: ConfigDict, load: Callable[[], AnyTokenizer], max_tokens: int | None = None) -> RunTokenize:
+def make_run_tokenize(
+    config: ConfigDict,
+    load: Callable[[], AnyTokenizer],
+    max_tokens: int | None = None,
+    prompts: Mapping[str, str] | None = None,
+) -> RunTokenize:
     """Makes the tokenization of a run's texts.
 
     Args:
       config: of the run.
       load: loads the tokenizer, on first use.
       max_tokens: see `load`.
+      prompts: see `RunTokenize`.
 
     Raises:
       UserError: the model has fewer positions than `max_tokens`.
     """
     model = config.model
     limit = choose_max_tokens("the run", max_tokens, model.max_length, encoder_lib.longest_row(model))
-    return RunTokenize(load, config.data.delimiters, limit)
+    return RunTokenize(load, config.data.delimiters, limit, prompts or {})
 
 
 def load_tokenizer(workdir: epath.Path, config: ConfigDict) -> AnyTokenizer:
@@ -301,16 +325,17 @@ def load_tokenizer(workdir: epath.Path, config: ConfigDict) -> AnyTokenizer:
     return tokenizer_lib.load(workdir if tokenizer_lib.find(workdir) else prepared.folders(config.data.dir)[0])
 
 
-def make_encoder_on_all_devices(config: ConfigDict, params: Any) -> tuple[encoder_lib.Encoder, Forward]:
+def make_encoder_on_all_devices(config: ConfigDict, params: Any, joined: bool = False) -> tuple[encoder_lib.Encoder, Forward]:
     """Makes the encoder of a `config.model` and its jitted forward pass on all devices.
 
     Args:
       config: `config.model`.
       params: the encoder's parameters, or their shapes; the number of rows of the embedding table is taken from them.
+      joined: as in `encoder.Encoder.apply`: the mask of the forward pass may have tokens of a part 2, which are not pooled.
     """
     mesh = sharding.all_devices_mesh()
     encoder = encoder_lib.make_encoder(config, params["transformer"]["embedding"].shape[0], layout.on_mesh(mesh))
-    return encoder, make_forward(encoder.apply, mesh)
+    return encoder, make_forward(functools.partial(encoder.apply, joined=joined), mesh)
 
 
 def shardings_on_all_devices(config: ConfigDict, params: Any) -> Any:

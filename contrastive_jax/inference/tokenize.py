@@ -61,6 +61,7 @@ class RunTokenize:
       load: loads the tokenizer; called on first use, since scores of token spans need none.
       delimiters: `config.data.delimiters`.
       max_tokens: ids per row at most, delimiters included.
+      own_prompts: view, or another name that ends in "_query" or "_document" → what the sources of its pairs put before texts.
 
     Raises:
       UserError: `max_tokens` leaves no room between the delimiters.
@@ -69,6 +70,7 @@ class RunTokenize:
     load: Callable[[], AnyTokenizer]
     delimiters: bool
     max_tokens: int
+    own_prompts: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.max_tokens <= 2 * self.delimiters:
@@ -80,16 +82,26 @@ class RunTokenize:
         return self.load()
 
     @property
-    def prompts(self) -> str:
+    def prompts(self) -> str | Mapping[str, str]:
         """How the views are told apart, for the protocol."""
-        return "[x], {y}" if self.delimiters else "none"
+        return self.own_prompts or ("[x], {y}" if self.delimiters else "none")
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """The sides, and the names of all other prompts."""
+        return (*VIEWS, *(name for name in self.own_prompts if name not in VIEWS))
+
+    def prompt_tokens(self, view: str) -> int:
+        """Returns how many tokens of each row are not pooled: none."""
+        return 0
 
     def __call__(self, texts: Sequence[str], view: str) -> TokenizedTexts:
-        """Tokenizes n texts of a view, "query" or "document"."""
-        reserved = self.tokenizer.reserved
-        opening, closing = ([reserved[name]] for name in DELIMITERS[view]) if self.delimiters else ([], [])
+        """Tokenizes n texts of a view, "query" or "document", or of another prompt by its name."""
+        reserved, prompt = self.tokenizer.reserved, self.own_prompts.get(view, "")
+        names = DELIMITERS[view.rpartition("_")[2]] if self.delimiters else ("", "")
+        opening, closing = ([reserved[name]] if name in reserved else [] for name in names)
         room = self.max_tokens - len(opening) - len(closing)
-        ids = self.tokenizer.encode_batch([text.strip() for text in texts])
+        ids = self.tokenizer.encode_batch([(prompt + text).strip() for text in texts])
         return TokenizedTexts(
             rows=[opening + text_ids[:room] + closing for text_ids in ids],
             truncated=[len(text_ids) > room for text_ids in ids],
@@ -103,7 +115,8 @@ class FolderTokenize:
     Attributes:
       file: the tokenizer.json.
       max_tokens: ids per row at most, special tokens included.
-      prompts: view → the text put before its texts, or "none".
+      prompts: view, or another name → the text put before the texts that are encoded under it; or "none".
+      include_prompt: whether the tokens of the prompt are pooled too.
       lower_case: whether texts are lower-cased first.
       special_tokens: whether the tokenizer adds its special tokens; a StaticEmbedding goes without.
       split_special_tokens: whether a special token's name in a text, "[PAD]", is text like any other.
@@ -112,6 +125,7 @@ class FolderTokenize:
     file: pathlib.Path
     max_tokens: int
     prompts: str | Mapping[str, str] = "none"
+    include_prompt: bool = True
     lower_case: bool = False
     special_tokens: bool = True
     split_special_tokens: bool = False
@@ -129,12 +143,32 @@ class FolderTokenize:
         truncating.enable_truncation(self.max_tokens)
         truncating.no_padding()
         truncating.encode_special_tokens = self.split_special_tokens
+        if self.lower_case:
+            own = [truncating.normalizer] if truncating.normalizer else []
+            truncating.normalizer = tokenizers.normalizers.Sequence([tokenizers.normalizers.Lowercase(), *own])
         return truncating
 
+    @property
+    def views(self) -> tuple[str, ...]:
+        """The sides, and the names of all other prompts."""
+        return (*VIEWS, *(name for name in self._prompts if name not in VIEWS))
+
+    @property
+    def _prompts(self) -> Mapping[str, str]:
+        return {} if isinstance(self.prompts, str) else self.prompts
+
+    def prompt_tokens(self, view: str) -> int:
+        """Returns how many tokens of each row of a view are not pooled: those before the text, where the prompt is left out."""
+        prompt = self._prompts.get(view)
+        if self.include_prompt or not prompt:
+            return 0
+        encoding = self._truncating.encode(prompt, add_special_tokens=self.special_tokens)
+        return len(encoding.ids) - encoding.special_tokens_mask[-1]  # what the template puts last comes after the text
+
     def __call__(self, texts: Sequence[str], view: str) -> TokenizedTexts:
-        """Tokenizes n texts of a view, "query" or "document"."""
-        prompt = "" if isinstance(self.prompts, str) else self.prompts.get(view, "")
-        shown = [prompt + (text.strip().lower() if self.lower_case else text.strip()) for text in texts]
+        """Tokenizes n texts of a view, "query" or "document", or of another prompt by its name."""
+        prompt = self._prompts.get(view, "")
+        shown = [prompt + text for text in texts]
         encodings = self._truncating.encode_batch(shown, add_special_tokens=self.special_tokens)
         rows = [encoding.ids for encoding in encodings]
         # `overflowing` copies what was cut off: it is asked for only where a row is full.

@@ -1,4 +1,4 @@
-"""The text encoder: a Transformer, pooling, an optional projection, and division by the length of the vector.
+"""The text encoder: a Transformer, pooling, optional dense layers, and division by the length of the vector.
 
 Packing: the spans of p pairs share r rows, a group; without packing p = r = 1, and a row is a group.
 
@@ -15,6 +15,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from contrastive_jax.config import UserError
+from contrastive_jax.config.dense import dense_layers
 from contrastive_jax.models.attention import Attend, make_attend
 from contrastive_jax.models.attention_kernel import MASKED
 from contrastive_jax.models.dropout import Noise
@@ -74,11 +75,11 @@ class TextEncoder(nnx.Module):
     def __init__(self, config: ConfigDict, vocab_size: int, attend: Attend, layout: Layout, rngs: nnx.Rngs):
         self.config = config
         self.transformer = Transformer(config, vocab_size, attend, layout, rngs)
-        self.projection = (
-            Linear(config, layout, (config.d_model, config.embedding_dim), ("embed", None), rngs)
-            if config.embedding_dim
-            else None
-        )
+        size = config.d_model
+        for number, (name, layer) in enumerate(dense_layers(config).items()):
+            axis = None if number else "embed"
+            setattr(self, name, Linear(config, layout, (size, layer.width), (axis, None), rngs, bias=layer.bias))
+            size = layer.width
 
     def __call__(
         self,
@@ -112,8 +113,9 @@ class TextEncoder(nnx.Module):
             else:
                 x = latents
             x = jnp.tanh(x) if self.config.pool_tanh == "after" else x
-            if self.projection is not None:
-                x = self.projection(x)
+            for name, layer in dense_layers(self.config).items():
+                x = getattr(self, name)(x)
+                x = jnp.tanh(x) if layer.activation == "tanh" else x
             z = x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-12))
         return Encoding(z, states, self.transformer.table())
 
@@ -151,11 +153,6 @@ def pool(x: jax.Array, mask: jax.Array, pooling: str) -> jax.Array:
     return jnp.take_along_axis(x, index[:, :, None], axis=1)
 
 
-def vector_size(config: ConfigDict) -> int:
-    """Returns e, the size of the vectors of an encoder with this `config.model`."""
-    return config.embedding_dim or config.latent * config.latent_layers or config.d_model
-
-
 def pads_rows(config: ConfigDict) -> bool:
     """Returns whether an encoder with this `config.model` pads all rows to `config.max_length` tokens."""
     return config.num_layers > 0 and config.mixer in FIXED_LENGTH
@@ -179,10 +176,12 @@ def check_model(config: ConfigDict) -> None:
     if config.position == "rotary" and config.head_dim % 2:
         raise UserError(f"config.model.head_dim={config.head_dim} must be even because config.model.position='rotary'")
     check_mixer(config)
-    if config.latent and (config.latent_layers > config.num_layers or config.embedding_dim or config.mixer != "attention"):
+    if config.dense and config.embedding_dim:
+        raise UserError(f"config.model.embedding_dim={config.embedding_dim}: config.model.dense decides the width; set it to 0")
+    if config.latent and (config.latent_layers > config.num_layers or dense_layers(config) or config.mixer != "attention"):
         raise UserError(
             f"config.model.latent={config.latent}: needs config.model.latent_layers={config.latent_layers} or more layers of "
-            "attention, and config.model.embedding_dim=0"
+            "attention, and config.model.embedding_dim=0 and config.model.dense=()"
         )
 
 

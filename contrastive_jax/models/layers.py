@@ -72,6 +72,7 @@ class Linear(nnx.Module):
       rngs: for the initial values.
       contract: the number of input dimensions of the kernel.
       init_std: standard deviation of the kernel's initial values, as `std` of `kernel_init`. None: `config.init_std`.
+      bias: whether it has a bias. None: as `config.bias` says.
     """
 
     def __init__(
@@ -83,11 +84,13 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
         contract: int = 1,
         init_std: float | None = None,
+        bias: bool | None = None,
     ):
         init = kernel_init(config, math.prod(shape[:contract]), init_std)
         self.contract, self.axes, self.layout = contract, axes, layout
         self.kernel = parameter(rngs, init, shape, axes)
-        self.bias = parameter(rngs, initializers.zeros, shape[contract:], axes[contract:]) if config.bias else None
+        has_bias = config.bias if bias is None else bias
+        self.bias = parameter(rngs, initializers.zeros, shape[contract:], axes[contract:]) if has_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x[n l in] to [n l out]."""

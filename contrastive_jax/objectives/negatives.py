@@ -55,7 +55,8 @@ class Negatives:
         return jax.tree.map(lambda x: lax.pcast(x, axes, to="varying"), tree) if axes else tree
 
     def _side(self, z: jax.Array, ids: MaskIds, cotangents: Cotangents | None = None) -> Side:
-        return Side(z.astype(self._sweep.dtype), ids, cotangents)
+        guide = None if ids.guide is None else ids.guide.astype(self._sweep.dtype)
+        return Side(z.astype(self._sweep.dtype), ids._replace(guide=guide), cotangents)
 
     def _join(self, a: Tree, b: Tree) -> Tree:
         join = functools.partial(tiles.join_sums, self._sweep.term)

@@ -26,11 +26,13 @@ class PairIds(NamedTuple):
       document: int32[b], the number of each pair's document.
       span_hash: int32[b v], a hash of each span; equal spans have equal hashes.
       label: float32[b], see `data.batch.Batch`; pair losses do not use it.
+      scores: float32[b k], see `data.batch.Batch`.
     """
 
     document: jax.Array
     span_hash: jax.Array
     label: jax.Array | None = None
+    scores: jax.Array | None = None
 
 
 class Keys(NamedTuple):
@@ -74,6 +76,11 @@ class Objective(NamedTuple):
     init: Callable[[jax.Array], Params]
     loss: Callable[..., tuple[jax.Array, Metrics]]
     project: Callable[[Params, Metrics], Params] = lambda params, metrics: params
+
+
+def losses_of(config: ConfigDict) -> set[str]:
+    """Returns the names of all losses of the embeddings that a run has; `config` is `config.objective`."""
+    return {name for name, _ in config.extra} | ({config.name} if config.weight else set())
 
 
 def check_two_views(config: ConfigDict, views: int) -> None:

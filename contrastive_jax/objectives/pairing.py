@@ -17,13 +17,13 @@ from contrastive_jax.objectives.objective import Params, check_two_views
 
 
 def check_pairing(config: ConfigDict, views: int) -> None:
-    """Raises UserError if `config.objective` pairs v views in a way that it does not know."""
+    """Raises UserError if `pairs.pair_config` pairs v views in a way that it does not know."""
     hard = config.hard_negatives
     if not config.locals:
         check_two_views(config, views)
     if hard > max(views - 2, 0):
         raise UserError(
-            f"config.objective.hard_negatives={hard}: of the {views} views of a pair two are anchor and positive; set "
+            f"config.data.hard_negatives={hard}: of the {views} views of a pair two are anchor and positive; set "
             f"config.data.sampler='fields' and config.data.views={2 + hard}"
         )
     if config.locals and (config.pairing != "first" or config.positives == "mean" or hard):

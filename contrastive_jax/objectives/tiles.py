@@ -4,7 +4,7 @@ A tile is a block of anchors against a block of keys. The forward pass keeps a f
 (`NegativeSums`); the backward pass recomputes each tile. One sweep serves anchors (rows) and keys (columns) alike, forward and
 backward.
 
-Dimensions: n anchors, m keys, e embedding, t span hashes of an anchor or key.
+Dimensions: n anchors, m keys, e embedding, f embedding of a guide, t span hashes of an anchor or key.
 """
 
 from collections.abc import Callable
@@ -53,17 +53,20 @@ class NegativeSums(NamedTuple):
 
 
 class MaskIds(NamedTuple):
-    """The ids that decide which anchors and keys are each other's negatives.
+    """What decides which anchors and keys are each other's negatives.
 
     An anchor and a key are not negatives of each other if they have the same row or document, or share a span.
 
     Attributes:
-      row: int32[n], the pair's index in the global batch; -1 for a key that is no anchor's positive.
+      row: int32[n], the pair's index in the global batch; -1 for a key of no pair of the batch.
       valid: bool[n]; False excludes the row: it has no loss and is nobody's negative.
-      document: int32[n], or None: not compared. -1 equals nothing.
+      document: int32[n], or None: not compared. -1 equals nothing. Below -1 it is that of a source without in-batch negatives:
+        of equal ones, the hard negatives of the anchor's own row alone are its negatives.
       span_hash: int32[n t], or None: not compared.
       limit: float32[n], or None; a pair more similar than this is not a negative of the row (anchors and keys each have their
         own limit).
+      hard: bool[n] of keys, or None: no key is. A hard negative is one of the anchor of its own row, too.
+      guide: [n f], or None: the vectors of a guide, whose similarity `limit` is about, instead of that of the embeddings.
     """
 
     row: jax.Array
@@ -71,6 +74,8 @@ class MaskIds(NamedTuple):
     document: jax.Array | None = None
     span_hash: jax.Array | None = None
     limit: jax.Array | None = None
+    hard: jax.Array | None = None
+    guide: jax.Array | None = None
 
 
 class Cotangents(NamedTuple):
@@ -99,6 +104,8 @@ class Sweep(NamedTuple):
       dtype: type of the products' inputs, "float32" or "bfloat16"; they accumulate in float32, and all else is float32.
       block: the most rows and columns of a tile.
       where: "local", "gathered" or "ring", see `exchange`.
+      hardness: (of keys of other pairs, of hard negatives of the anchor's own pair): what is added to a negative's logit in the
+        sums of the anchors, per similarity. No gradient flows through it, and the sums of the keys do without.
     """
 
     term: Term
@@ -107,17 +114,22 @@ class Sweep(NamedTuple):
     dtype: str
     block: int
     where: str
+    hardness: tuple[float, float] = (0.0, 0.0)
 
 
 def negative_mask(similarity: jax.Array, anchors: MaskIds, keys: MaskIds) -> tuple[jax.Array, jax.Array]:
     """Returns the negatives of the anchors bool[n m], and those of the keys bool[n m], from similarity float32[n m]."""
-    allowed = anchors.valid[:, None] & keys.valid & (anchors.row[:, None] != keys.row)
+    other = anchors.row[:, None] != keys.row
+    allowed = anchors.valid[:, None] & keys.valid & (other if keys.hard is None else other | keys.hard)
     if anchors.document is not None and keys.document is not None:
-        allowed &= (anchors.document[:, None] != keys.document) | (keys.document < 0)
+        differs = (anchors.document[:, None] != keys.document) | (keys.document == -1)
+        allowed &= differs if keys.hard is None else differs | ~other
     if anchors.span_hash is not None and keys.span_hash is not None:
         for i in range(anchors.span_hash.shape[1]):
             for j in range(keys.span_hash.shape[1]):
                 allowed &= anchors.span_hash[:, i, None] != keys.span_hash[:, j]
+    if anchors.guide is not None and keys.guide is not None:
+        similarity = product(anchors.guide, keys.guide, (1, 1))
     of_anchors = allowed if anchors.limit is None else allowed & (similarity <= anchors.limit[:, None])
     return of_anchors, allowed if keys.limit is None else allowed & (similarity <= keys.limit)
 
@@ -135,6 +147,14 @@ def product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     dims = (((contract[0],), (contract[1],)), ((), ()))
     return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+def hardness_shift(sweep: Sweep, similarity: jax.Array, anchors: MaskIds, keys: MaskIds) -> jax.Array | float:
+    """Returns what `sweep.hardness` adds to the logits of a tile, float32[n m], from similarity float32[n m]."""
+    if not any(sweep.hardness):
+        return 0.0
+    of_others, of_own = sweep.hardness
+    return lax.stop_gradient(similarity) * jnp.where(anchors.row[:, None] == keys.row, of_own, of_others)
 
 
 def sum_tile(sweep: Sweep, logits: jax.Array, allowed: jax.Array, axis: int) -> NegativeSums:
@@ -162,6 +182,13 @@ def join_sums(term: Term, a: NegativeSums, b: NegativeSums) -> NegativeSums:
     return NegativeSums(largest, total, linear, a.number + b.number)
 
 
+def sums_of_one(sweep: Sweep, logits: jax.Array) -> NegativeSums:
+    """Returns the sums of rows of which each has one negative, from its logit."""
+    fixed = lax.stop_gradient(logits)
+    linear = logits if sweep.linear else None
+    return NegativeSums(fixed, sweep.term.value(logits, fixed), linear, jnp.ones_like(logits))
+
+
 def empty_sums(sweep: Sweep, n: int) -> NegativeSums:
     """Returns the sums of n rows without negatives."""
     zero = jnp.zeros(n, jnp.float32)
@@ -180,13 +207,15 @@ def score_tile(sweep: Sweep, affine: jax.Array, anchors: Side, keys: Side) -> tu
     similarity = product(anchors.z, keys.z, (1, 1))
     logits = similarity * affine[0] + affine[1]
     of_anchors, of_keys = negative_mask(similarity, anchors.ids, keys.ids)
-    return sum_tile(sweep, logits, of_anchors, 1), sum_tile(sweep, logits, of_keys, 0) if sweep.columns else None
+    shifted = logits + hardness_shift(sweep, similarity, anchors.ids, keys.ids)
+    return sum_tile(sweep, shifted, of_anchors, 1), sum_tile(sweep, logits, of_keys, 0) if sweep.columns else None
 
 
 def differentiate_tile(sweep: Sweep, affine: jax.Array, anchors: Side, keys: Side) -> tuple[Tree, Tree]:
     """Returns what a tile adds to the gradients: ((of anchors [n e], of the affine map [n 2]), of keys [m e])."""
     similarity = product(anchors.z, keys.z, (1, 1))
     of_anchors, of_keys = negative_mask(similarity, anchors.ids, keys.ids)
+    shift = hardness_shift(sweep, similarity, anchors.ids, keys.ids)
 
     def weighted_side(logits: jax.Array, allowed: jax.Array, cotangents: Any) -> jax.Array:
         terms = sweep.term.value(jnp.where(allowed, logits, MASKED), cotangents.largest)
@@ -198,7 +227,7 @@ def differentiate_tile(sweep: Sweep, affine: jax.Array, anchors: Side, keys: Sid
     def weighted(similarity: jax.Array, affine: jax.Array) -> jax.Array:
         """The tile's part of the sums, each times its cotangent: the gradient of this number is what flows back."""
         logits = similarity * affine[:, :1] + affine[:, 1:]
-        value = weighted_side(logits, of_anchors, jax.tree.map(lambda x: x[:, None], anchors.cotangents))
+        value = weighted_side(logits + shift, of_anchors, jax.tree.map(lambda x: x[:, None], anchors.cotangents))
         return value + weighted_side(logits, of_keys, keys.cotangents) if sweep.columns else value
 
     # The affine map once per row, so that its gradient is a sum along rows too.

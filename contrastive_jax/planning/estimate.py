@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from contrastive_jax.config.dense import vector_size
 from contrastive_jax.objectives.losses import LOSSES
 from contrastive_jax.planning import program as program_lib
 from contrastive_jax.planning.hardware import Target
@@ -273,9 +274,10 @@ def model_flops(config: Any, params: Any, views: int) -> tuple[float, str]:
     blocks = params["transformer"].get("blocks", {})
     weights = sum(math.prod(leaf.shape) for leaf in leaves_named(blocks, "kernel"))
     length, rows = data.length * (2 if data.join else 1), 1 if data.join == "next" else views
-    tokens = data.batch_size // data.pack_pairs * data.pack_rows * rows * length
+    shorter = data.length - data.query_length if data.query_length else 0
+    tokens = data.batch_size // data.pack_pairs * (data.pack_rows * rows * length - shorter)
     attention = 12 * model.num_layers * model.num_heads * model.head_dim * length * (model.mixer == "attention")
-    width = model.embedding_dim or model.d_model
+    width = vector_size(model)
     total = tokens * (6.0 * weights + attention)
     formula = f"tokens × (6 × {weights:,} weights in matrix products + 12 × layers × heads × head_dim × length = {attention:,})"
     if scores := score_matrices(config, views):
@@ -302,7 +304,10 @@ def score_matrices(config: Any, views: int) -> int:
         return 4
     if objective.pairing == "all":
         return math.comb(views, 2)
-    return 1 + objective.hard_negatives if objective.positives == "mean" else views - 1
+    positives = 1 if objective.positives == "mean" else views - 1 - config.data.hard_negatives
+    keys = positives + config.data.hard_negatives
+    of_one_side = {"query_query": 1, "document_document": positives * keys}
+    return keys + sum(of_one_side.get(direction, 0) for direction in objective.joint)
 
 
 def leaves_named(tree: dict[str, Any], name: str) -> list[Any]:

@@ -14,13 +14,14 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from contrastive_jax.config import UserError
+from contrastive_jax.config.dense import dense_layers, vector_size
 from contrastive_jax.data import packing, pieces, spans
 from contrastive_jax.data.batch import Batch
 from contrastive_jax.data.pieces import RESERVED_IDS
 from contrastive_jax.models import encoder as encoder_lib
 from contrastive_jax.models.dropout import Noise, row_uniform
 from contrastive_jax.objectives import pairing, registry, tokens
-from contrastive_jax.objectives.objective import NO_OBJECTIVE, Objective
+from contrastive_jax.objectives.objective import NO_OBJECTIVE, Objective, losses_of
 from contrastive_jax.objectives.tokens import Teacher, TokenLoss
 from contrastive_jax.runtime import layout as layout_lib
 from contrastive_jax.runtime import sharding
@@ -65,7 +66,7 @@ def overlay(init: Any, pretrained: Any) -> Any:
     if pretrained.shape[1:] != init.shape[1:]:
         raise UserError(
             f"config.init_from: a parameter has shape {pretrained.shape} there, this model needs {init.shape}; set "
-            "config.model.embedding_dim as it was there"
+            "config.model.embedding_dim and config.model.dense as they were there"
         )
     rows = min(len(pretrained), len(init))
     return init.at[:rows].set(pretrained[:rows])
@@ -112,8 +113,31 @@ def check_run(config: ConfigDict, mesh: Mesh) -> None:
         raise UserError(
             "config.objective.where='ring': the batch is on one device only (mesh.data × mesh.fsdp = 1); take 'gathered'"
         )
-    if not config.objective.weight and not (config.tokens.name and config.tokens.weight):
+    check_query_length(config)
+    if config.objective.locals and (config.data.pack_pairs > 1 or dense_layers(config.model)):
+        raise UserError(
+            "config.objective.locals: needs config.data.pack_pairs=1, config.model.embedding_dim=0 and config.model.dense=()"
+        )
+    if not losses_of(config.objective) and not (config.tokens.name and config.tokens.weight):
         raise UserError("config.objective.weight=0: there is no token loss either; set config.tokens.name, or raise it")
+
+
+def check_query_length(config: ConfigDict) -> None:
+    """Raises UserError where rows of two lengths do not go with the rest; the message names the keys."""
+    data, short = config.data, config.data.query_length
+    if not short:
+        return
+    for mistaken, need in (
+        (data.sampler != "fields", "config.data.sampler='fields'"),
+        (not spans.delimiter_count(data) < short <= data.length, f"to lie between 3 and config.data.length={data.length}"),
+        (data.pack_pairs > 1, "config.data.pack_pairs=1"),
+        (data.copies > 1, "config.data.copies=1"),
+        (data.join, "config.data.join=''"),
+        (config.tokens.name, "config.tokens.name=''"),
+        (config.objective.locals, "config.objective.locals=0"),
+    ):
+        if mistaken:
+            raise UserError(f"config.data.query_length={short}: needs {need}")
 
 
 class Model(NamedTuple):
@@ -169,8 +193,7 @@ def build(
     ids = noise.vocabulary_size(config.noise, vocab_size)
     check_run(config, mesh)
     make_views = views.make_views(config, Vocabulary(vocab_size, reserved, tables))
-    view_count = views.encoded_views(config.data)
-    dim = encoder_lib.vector_size(config.model)
+    view_count, dim = views.encoded_views(config.data), vector_size(config.model)
     objective = registry.make_objective(config, view_count, dim, mesh, sharding.BATCH_AXES)
     model = teacher = make_model(config, mesh, ids, objective)
     if config.memory.source:
@@ -181,7 +204,7 @@ def build(
         check_positions(taught, spans.make_sampler(config.data).max_span)
         teacher = make_model(taught, mesh, ids, NO_OBJECTIVE)
     encode = make_encode(model.encoder, config, mesh, model.token_loss, config.objective.locals, teacher.encoder)
-    memory = make_memory(config, make_encode(teacher.encoder, config, mesh), view_count, dim)
+    memory = make_memory(config, make_encode(teacher.encoder, config, mesh, of_target=True), view_count, dim)
     optimizer = optim.make_optimizer(config.optim, config.steps, jax.eval_shape(model.init))
 
     def init_state(pretrained: Any = (), source: Any = ()) -> step_lib.TrainState:
@@ -191,9 +214,10 @@ def build(
         return step_lib.TrainState(jnp.int32(0), params, optimizer.init(params), memory.init(target))
 
     state, batch_sharding = jax.eval_shape(init_state), NamedSharding(mesh, sharding.BATCH)
-    of_memory = memory.shardings(teacher.shardings, batch_sharding)
-    placement = state_shardings(state, model.shardings, optimizer, of_memory, mesh)
-    train_step = step_lib.make_train_step(make_views, encode, objective, memory, optimizer, config.seed, config.tokens.weight)
+    placement = state_shardings(state, model.shardings, optimizer, memory.shardings(teacher.shardings, batch_sharding), mesh)
+    train_step = step_lib.make_train_step(
+        make_views, encode, objective, memory, optimizer, config.seed, config.tokens.weight, cut_tokens(config.data)
+    )
     return Run(
         mesh=mesh,
         shapes=jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placement),
@@ -248,13 +272,23 @@ def micro_batch_pairs(config: ConfigDict, mesh: Mesh) -> int:
         raise UserError(f"config.micro_batch={pairs_} is more than config.data.batch_size={data.batch_size}; 0 takes it whole")
     if not tokens:
         return pairs_
-    minimum = shards * data.pack_rows * views.view_count(data) * data.length * (2 if data.join == "both" else 1)
+    minimum = shards * data.pack_rows * row_tokens(data) * (2 if data.join == "both" else 1)
     if tokens < minimum:
         raise UserError(
             f"config.micro_batch_tokens={tokens}: one pair (or packed group) on each of {shards} shards has {minimum} tokens; "
             "raise it"
         )
     return tokens // minimum * multiple
+
+
+def cut_tokens(data: ConfigDict) -> int:
+    """Returns the padding of a query's row that the encoder does not see; `data` is `config.data`."""
+    return data.length - data.query_length if data.query_length else 0
+
+
+def row_tokens(data: ConfigDict) -> int:
+    """Returns the tokens of one row of each view, as the encoder sees them; `data` is `config.data`."""
+    return views.view_count(data) * data.length - cut_tokens(data)
 
 
 def of_views(tree: Any, chosen: list[int], shape: tuple[int, int, int]) -> Any:
@@ -264,6 +298,24 @@ def of_views(tree: Any, chosen: list[int], shape: tuple[int, int, int]) -> Any:
     return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:])[:, chosen].reshape(-1, *x.shape[1:]), tree)
 
 
+def with_teacher(targets: Any, teacher: encoder_lib.Encoder, params: Any, rows: Rows, layout: Any) -> Any:
+    """Returns targets with what a teacher of these parameters says of the same rows [g·v·r l]."""
+    seen = teacher.encode(params["encoder"], rows.tokens, rows.segment, None, rows.row, *layout)
+    return targets._replace(teacher=Teacher(params["tokens"], seen.table, seen.states))
+
+
+def encode_two_lengths(encoder: encoder_lib.Encoder, params: Any, rows: Rows, rng: jax.Array | None, short: int) -> jax.Array:
+    """Rows [g v 1 l] → unit vectors [g v 1 e]; view 0 has at most `short` tokens per row, and costs no more."""
+    queries, documents = jax.tree.map(lambda x: x[..., :short] if x.ndim == 4 else x, rows.views(0, 1)), rows.views(1, None)
+
+    def embed(rows: Rows) -> jax.Array:
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), rows)
+        z, _, _ = encoder.encode(params, flat.tokens, flat.segment, rng, flat.row, (1, 1), False)
+        return z.reshape(*rows.row.shape, -1)
+
+    return jnp.concatenate([embed(queries), embed(documents)], axis=1)
+
+
 def make_encode(
     encoder: encoder_lib.Encoder,
     config: ConfigDict,
@@ -271,6 +323,7 @@ def make_encode(
     token_loss: TokenLoss | None = None,
     local_states: int = 0,
     teacher: encoder_lib.Encoder | None = None,
+    of_target: bool = False,
 ) -> Encode:
     """Returns the encoder of a step, (params, Rows, rng) → Encoded: all rows at once, or in micro-batches.
 
@@ -281,18 +334,20 @@ def make_encode(
       token_loss: the token loss to compute in the same pass; its parameters are params["tokens"].
       local_states: k, how many token states of the last view follow the views as further unit vectors, [b v+k e].
       teacher: the encoder of params["teacher"], from whose token states a token loss may learn.
+      of_target: whether it is that of the run's memory, which may see the last views alone: no row of these is short.
 
     Raises:
-      UserError: from `micro_batch_pairs`, or token states are not vectors like the embeddings.
+      UserError: from `micro_batch_pairs`.
     """
-    if local_states and (config.data.pack_pairs > 1 or config.model.embedding_dim):
-        raise UserError("config.objective.locals: needs config.data.pack_pairs=1 and config.model.embedding_dim=0")
     micro_pairs = micro_batch_pairs(config, mesh)
     pack_pairs, pack_rows, joined = config.data.pack_pairs, config.data.pack_rows, bool(config.data.join)
+    short = 0 if of_target else config.data.query_length
 
     def encode(params: Any, rows: Rows, rng: jax.Array | None) -> Encoded:
         def encode_groups(params: Any, rows: Rows) -> Encoded:
             """Rows [g v r ...] → unit vectors [g v pack_pairs e], and sums [g a r] of the a views with something to predict."""
+            if short:
+                return Encoded(encode_two_lengths(encoder, params["encoder"], rows, rng, short), None)
             g, v = rows.tokens.shape[:2]
             flat = jax.tree.map(lambda x: x.reshape(g * v * pack_rows, *x.shape[3:]), rows)
             layout = (pack_pairs, pack_rows), joined
@@ -308,9 +363,7 @@ def make_encode(
                     flat, states = of_views((flat, states), views.views_with_targets(config, v), (g, v, pack_rows))
                     targets = flat.targets
                     if token_loss.taught and teacher is not None:
-                        taught_by = params["teacher"]
-                        seen = teacher.encode(taught_by["encoder"], flat.tokens, flat.segment, None, flat.row, *layout)
-                        targets = targets._replace(teacher=Teacher(taught_by["tokens"], seen.table, seen.states))
+                        targets = with_teacher(targets, teacher, params["teacher"], flat, layout)
                     sums = token_loss.loss(params["tokens"], table, states, targets)
             return Encoded(z, jax.tree.map(lambda x: x.reshape(g, -1, pack_rows), sums))
 
@@ -332,5 +385,6 @@ def batch_shapes(config: ConfigDict, mesh: Mesh) -> Batch:
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=spread)
 
     rows = shape(data.batch_size // data.pack_pairs, sampler.views, data.pack_rows, data.length)
-    label = shape(data.batch_size, dtype=jnp.float32) if sampler.ends == "field" else None
-    return Batch(rows, rows, shape(data.batch_size), shape(data.batch_size, sampler.views), label)
+    numbers = [(), (sampler.views - 1,)] if sampler.ends == "field" else []
+    of_texts = (shape(data.batch_size, *sizes, dtype=jnp.float32) for sizes in numbers)
+    return Batch(rows, rows, shape(data.batch_size), shape(data.batch_size, sampler.views), *of_texts)

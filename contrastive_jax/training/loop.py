@@ -202,6 +202,8 @@ def open_workdir(setup: Setup, first: int) -> metrics.Writer | None:
     path = tokenizer.find(prepared.folders(setup.config.data.dir)[0])
     if path:
         path.copy(setup.workdir / path.name, overwrite=True)
+    if prompts := prepared.prompts_of(setup.stream.records.manifest):
+        files.write_text(setup.workdir / prepared.PROMPTS, json.dumps(prompts, indent=1))
     return metrics.Writer(setup.workdir, first, trackers.make_tracker(setup.config, setup.workdir))
 
 

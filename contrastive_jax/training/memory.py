@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from contrastive_jax.config import UserError
 from contrastive_jax.objectives import queue as queue_lib
 from contrastive_jax.objectives.losses import LOSSES
-from contrastive_jax.objectives.objective import NOTHING, Given, PairIds, Params
+from contrastive_jax.objectives.objective import NOTHING, Given, PairIds, Params, losses_of
 from contrastive_jax.objectives.queue import Queue
 from contrastive_jax.objectives.tokens import Terms
 from contrastive_jax.training.views import Rows
@@ -82,15 +82,18 @@ def check_target(config: ConfigDict, views: int) -> None:
     if memory.kind == "queue":
         if objective.name not in LOSSES or not objective.weight:
             raise UserError("config.memory.kind='queue': needs a pair loss in config.objective.name, with a weight")
-        if objective.symmetric or objective.pairing != "first" or objective.locals or views != 2:
+        if objective.symmetric or objective.joint or objective.pairing != "first" or objective.locals or views != 2:
             raise UserError(
-                "config.memory.kind='queue': needs config.objective.symmetric=False, config.objective.pairing='first' and "
-                "pairs of two views"
+                "config.memory.kind='queue': needs config.objective.symmetric=False, joint=(), pairing='first', and pairs of "
+                "two views"
             )
-    elif not ((objective.weight and objective.name in ("byol", "similarity")) or (tokens.weight and tokens.name == "distil")):
+        return
+    names = losses_of(objective) | ({tokens.name} if tokens.weight else set())
+    guided = objective.mask_guide and objective.weight and objective.name in LOSSES
+    if not guided and not names & {"byol", "similarity", "embedding", "distil"}:
         raise UserError(
-            f"config.memory.kind={memory.kind!r}: no loss looks at the target; set '', or config.objective.name to 'byol' or "
-            "'similarity', or config.tokens.name='distil'"
+            f"config.memory.kind={memory.kind!r}: no loss looks at the target; set '', or config.objective.name to 'byol', "
+            "'similarity' or 'embedding', config.objective.mask_guide=True, or config.tokens.name='distil'"
         )
 
 

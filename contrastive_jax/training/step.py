@@ -44,7 +44,7 @@ TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics, jax.Array]]
 
 def batch_digest(batch: Batch) -> jax.Array:
     """Hashes the global batch to uint32[4], the same however the batch is sharded."""
-    arrays = [x for x in (batch.tokens, batch.segment, batch.document, batch.label) if x is not None]
+    arrays = [x for x in (batch.tokens, batch.segment, batch.document, batch.label, batch.scores) if x is not None]
     return functools.reduce(lambda total, hashed: digest.mix(total) + hashed, map(digest.hash_array, arrays))
 
 
@@ -64,6 +64,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     seed: int,
     token_weight: float = 1.0,
+    cut_tokens: int = 0,
 ) -> TrainStep:
     """Builds the train step.
 
@@ -75,6 +76,7 @@ def make_train_step(
       optimizer: an optax transformation over the whole tree of parameters.
       seed: of the run; dropout and views depend on it and on the step's number.
       token_weight: of the token loss in the total.
+      cut_tokens: the padding of a pair's rows that the encoder does not see, which does not count as padding.
 
     Returns:
       (state, batch) → (state, metrics, z [b v e]); z lets the loop look at the embeddings now and then.
@@ -108,8 +110,8 @@ def make_train_step(
         finite = jnp.isfinite(norms).all()
         kept = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
         metrics |= {"loss": value, "gradient_norm": norms[1], "parameter_norm": norms[2], "skipped": ~finite}
-        filled = rows.segment > 0
-        metrics |= {"tokens": filled.sum(), "fill": filled.mean(), "batch_digest": batch_digest(batch)}
+        filled, places = (rows.segment > 0).sum(), rows.segment.size - cut_tokens * len(rows.segment)
+        metrics |= {"tokens": filled, "fill": filled / places, "batch_digest": batch_digest(batch)}
         return kept._replace(step=state.step + 1), metrics, z
 
     return train_step

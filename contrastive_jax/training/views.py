@@ -226,6 +226,6 @@ def make_views(config: ConfigDict, vocabulary: Vocabulary) -> MakeViews:
             rows = add_noise(rows, config.noise, rng, vocabulary)
         rows = join_views(rows, join == "both", text if restores else rows) if join else rows
         rows = rows._replace(targets=next_tokens(rows, bool(join))) if language_model else rows
-        return rows, PairIds(batch.document, batch.span_hash, batch.label)
+        return rows, PairIds(batch.document, batch.span_hash, batch.label, batch.scores)
 
     return views

@@ -22,7 +22,7 @@ from contrastive_jax.runtime.model_name import parse_model_name, read_params
 
 # The keys of config.model that do not decide what the weights are; the new run's values win.
 FREE = {"dropout", "attention_dropout", "attention", "remat", "scan", "dtype", "pooling", "pool_tanh", "embedding_dim"}
-FREE |= {"init", "init_std", "part_mask", "latent_kappa"}
+FREE |= {"dense", "init", "init_std", "part_mask", "latent_kappa"}
 # The keys of config.model that say how it is computed, which a teacher has of the run.
 COMPUTATION = ("attention", "remat", "scan", "dtype")
 # The sizes that `widen` multiplies, and the logical axes of parameters that have them.
@@ -205,7 +205,7 @@ def widen(params: Any, config: ConfigDict, k: int) -> Any:
     def widen_leaf(path: Any, leaf: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
         name = sharding.path_of(path)
         wide = [leaf.ndim - 1] if "norm/" in name else [i for i, axis in enumerate(names) if axis in WIDE_AXES]
-        if not name.endswith("/kernel"):
+        if not wide or not name.endswith("/kernel"):
             return jnp.concatenate([leaf] * k, axis=wide[0]) if wide else leaf
         inputs, *outputs = wide  # the last layer of a projection has no output to repeat
         shares = np.random.default_rng(zlib.crc32(name.encode())).uniform(0.5, 1.5, (k ** len(outputs), k)).astype(np.float32)

@@ -96,6 +96,26 @@ def test_one_source_takes_each_batch_from_one_domain_in_turns() -> None:
     assert (np.abs(np.bincount(domain[:, 0]) - [16, 16, 32]) <= 2).all()
 
 
+def test_five_sources_of_very_different_sizes_have_the_shares_of_alpha() -> None:
+    sizes = [10**power for power in (2, 3, 4, 5, 6)]
+    chunks = [np.diff(np.arange(0, size + 128, 128).clip(max=size)).astype(np.uint8) for size in sizes]
+    domain = np.repeat(np.arange(5), [*map(len, chunks)]).astype(np.uint16)
+    split = types.SimpleNamespace(domains=[*"abcde"], datasets={"all": [*range(5)]}, chunk_domain=domain)
+    config = default_config().data
+    config.update(batch_size=64, one_source="domain", alpha=0.5)
+    data, counts = order.Order(split, config, 0, np.concatenate(chunks)), np.zeros(5)
+    for step in range(10_000):
+        sources = domain[data.locate(step, np.arange(64) if step % 50 == 0 else np.arange(1))[0]]
+        assert (sources == sources[0]).all()
+        counts[sources[0]] += 1
+    shares = np.sqrt(sizes) / np.sqrt(sizes).sum()
+    assert (np.abs(counts - 10_000 * shares) <= 2).all()
+    whole = data.locate(77, np.arange(64))
+    for processes in (2, 4):
+        parts = [data.locate(77, own) for own in np.split(np.arange(64), processes)]
+        np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
+
+
 def test_alpha_evens_out_the_domains() -> None:
     sizes = np.array([9_000.0, 1_000.0])
     np.testing.assert_array_equal(order.quotas(sizes**0.0), [order.BLOCK / 2] * 2)

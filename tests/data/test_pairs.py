@@ -118,6 +118,7 @@ def test_row55_batches_have_the_fields_as_views_and_the_label_of_each_pair(tmp_p
     make(tmp_path, ROWS, leak_tokens=30)
     words, config = tokenizer.load(tmp_path / "out"), default_config().data
     config.update(dir=str(tmp_path / "out"), batch_size=16, length=80, max_span=64, sampler="fields", views=3)
+    config.hard_negatives = 1
     records = prepared.open_split(config.dir, "train")
     expected = {row["query"]: (row["document"], row["negative"], np.float32(row["score"])) for row in ROWS}
     batches = pipeline.batches(records, config, seed=0)
@@ -135,7 +136,7 @@ def test_row55_batches_have_the_fields_as_views_and_the_label_of_each_pair(tmp_p
     for whole, again, part in zip(first[3], resumed, mine, strict=True):
         np.testing.assert_array_equal(whole, again)
         np.testing.assert_array_equal(whole[8:], part)
-    config.update(max_span=4, views=2)
+    config.update(max_span=4, views=2, hard_negatives=0)
     cut = next(pipeline.batches(records, config, seed=0))
     assert cut.tokens.shape[1] == 2 and ((cut.segment > 0).sum(-1) <= 6).all()
     config.update(pack_pairs=4, pack_rows=2)

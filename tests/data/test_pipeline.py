@@ -88,6 +88,7 @@ def test_spans_are_cut_out_of_their_record_and_delimited(dataset: pathlib.Path) 
             "document": ((48,), "int32"),
             "span_hash": ((48, 2), "int32"),
             "label": None,
+            "scores": None,
         }
         for tokens, mask, document in zip(batch.tokens[:, :, 0], batch.segment[:, :, 0] == 1, batch.document, strict=True):
             assert (tokens[~mask] == 0).all()

@@ -23,13 +23,14 @@ from etils import epath
 from hf_folders import WORDS, write_folder
 
 from contrastive_jax.config import KEYS, UserError
+from contrastive_jax.data.raw import pair_sources
 from contrastive_jax.runtime.processes import NOT_JOINED, PREEMPTED
 from contrastive_jax.training import guard
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "launch/gke.md"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
-# Fenced blocks that are not run: printed results and diagrams, and the YAML of a job, which has a test of its own.
-NOT_RUN = ("", "yaml")
+# Fenced blocks that are not run: printed results and diagrams, and the YAML of a job and files of sources, which have tests.
+NOT_RUN = ("", "yaml", "toml")
 # Commands that cannot run here, and the test that runs them.
 ELSEWHERE = {
     "bash launch/local.sh": "tests/docs/test_docs.py::test_local",
@@ -131,6 +132,10 @@ class Site:
         movie = [{"text": f"{WORDS[4 + i % 15]} {label}", "label": label} for i in range(30) for label in ("cat", "dog")]
         (folder / "movie/all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in movie))
         (folder / "texts.txt").write_text("one\ntwo\n")
+        (folder / "faq").mkdir()
+        (folder / "faq/0.jsonl").write_text(
+            '{"question": "one cat", "answer": "the cat"}\n{"question": "dog", "answer": "two"}\n'
+        )
         for name in ("configs", "docs", "mkdocs.yml"):
             (folder / name).symlink_to(ROOT / name)
         self.run("contrastive-jax prepare --input='pile/train/*' --validation='pile/val*' --output=data/python")
@@ -210,10 +215,10 @@ def run_tensorboard(site: Site, rest: str, command: str) -> None:
 
 
 def run_pytest(site: Site, rest: str, command: str) -> None:
-    """Collects the tests only: they take an hour."""
+    """Collects the tests only: they take hours."""
     collect = [sys.executable, "-m", "pytest", "--collect-only", "--quiet", f"--rootdir={ROOT}", *rest.split()]
     arguments = [str(ROOT / argument) if argument.startswith("tests/") else argument for argument in collect]
-    assert "1440" in site.call(arguments, command)
+    assert ("2400" if "test_objective" in rest else "224") in site.call(arguments, command)
 
 
 RULES: dict[str, Callable[[Site, str, str], None]] = {
@@ -247,7 +252,10 @@ def test_pages(page: pathlib.Path, site: Site) -> None:
         written = {name.partition("/")[0] for name in listing(site.bucket)}
         assert written >= {"pile", "pile_small", "results", "vectors.npy", "exported", "report.html"}
     if page.name == "evaluation.md":
-        assert np.load(site.folder / "vectors.npy").shape == (2, 32)
+        parts = [np.load(site.folder / f"{name}.npy") for name in ("part-0", "part-1")]
+        np.testing.assert_array_equal(np.concatenate(parts), np.load(site.folder / "vectors.npy"))
+        assert parts[0].shape == (0, 32) and parts[1].shape == (2, 32)
+        assert '"neg": ["' in (site.folder / "mined.jsonl").read_text() and (site.folder / "mined.jsonl.zst").exists()
         assert "<svg" in (site.folder / "report.html").read_text()
 
 
@@ -255,6 +263,12 @@ def test_commands_that_run_elsewhere_do_so() -> None:
     for name in ELSEWHERE.values():
         path, _, test = name.partition("::")
         assert f"def {test}(" in (ROOT / path).read_text(), name
+
+
+def test_files_of_sources_are_read(tmp_path: pathlib.Path) -> None:
+    (block,) = [block for page in PAGES for block in blocks(page) if block.language == "toml"]
+    (tmp_path / "pairs.toml").write_text(block.text)
+    assert len(pair_sources.read(str(tmp_path / "pairs.toml"))) == 3
 
 
 def test_names_in_the_pages_exist() -> None:

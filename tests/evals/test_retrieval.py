@@ -11,6 +11,8 @@ from sklearn.metrics import ndcg_score
 from contrastive_jax.config import UserError
 from contrastive_jax.evals import retrieval
 
+NAMES = ("ndcg@10", "mrr@10", "recall@10", "recall@20", "recall@100")
+
 
 def rankings(seed: int) -> tuple[list[str], np.ndarray, dict[str, float]]:
     """Names, their scores without ties, and the grades of some."""
@@ -44,9 +46,9 @@ def test_measures_by_hand() -> None:
     gain, ideal = 1 / np.log2(3) + 2 / np.log2(4), 2 + 1 / np.log2(3) + 1 / np.log2(4)
     assert measured["ndcg@10"] == pytest.approx(gain / ideal)
     assert measured["mrr@10"] == 0.5
-    assert measured["recall@20"] == measured["recall@100"] == pytest.approx(2 / 3)
+    assert measured["recall@10"] == measured["recall@20"] == measured["recall@100"] == pytest.approx(2 / 3)
     late = ["z"] * 10 + ["a"]
-    assert retrieval.measure_ranking(late, {"a": 1.0}) == {"ndcg@10": 0.0, "mrr@10": 0.0, "recall@20": 1.0, "recall@100": 1.0}
+    assert retrieval.measure_ranking(late, {"a": 1.0}) == dict(zip(NAMES, (0.0, 0.0, 0.0, 1.0, 1.0), strict=True))
 
 
 def test_a_folder_is_scored_and_a_bad_one_named(tmp_path: pathlib.Path) -> None:
@@ -61,7 +63,7 @@ def test_a_folder_is_scored_and_a_bad_one_named(tmp_path: pathlib.Path) -> None:
         return np.eye(30, dtype=np.float32)[[int(text.removeprefix("word")) for text in texts]]
 
     measured = retrieval.score_encoder(encode, epath.Path(tmp_path))["test"]
-    assert measured == {"ndcg@10": 1.0, "mrr@10": 1.0, "recall@20": 1.0, "recall@100": 1.0}
+    assert measured == dict.fromkeys(NAMES, 1.0)
     (tmp_path / "corpus.jsonl").write_text('{"_id": "a", "text": "b"}\n[]\n')
     with pytest.raises(UserError, match=r"corpus.jsonl:2: not a JSON object"):
         retrieval.score_encoder(encode, epath.Path(tmp_path))
@@ -69,5 +71,5 @@ def test_a_folder_is_scored_and_a_bad_one_named(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match=r"corpus.jsonl:2: no text under 'text'"):
         retrieval.score_encoder(encode, epath.Path(tmp_path))
     (tmp_path / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n")
-    with pytest.raises(UserError, match=r"test.tsv: no query of queries.jsonl has a document"):
+    with pytest.raises(UserError, match=r"test.tsv: no query has a document with a score above 0"):
         retrieval.score_encoder(encode, epath.Path(tmp_path))

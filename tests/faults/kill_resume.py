@@ -3,8 +3,10 @@
   python tests/faults/kill_resume.py --kills=50                   one process
   python tests/faults/kill_resume.py --kills=10 --processes=2     two processes; kills one of them, or both
   python tests/faults/kill_resume.py --kills=5 --prepare          kills the preparation of a dataset instead
+  python tests/faults/kill_resume.py --kills=10 --recipe=finetune the run of another recipe
 
-The run is the MoCo recipe with dropout and a checkpoint every few steps, on a small dataset made here; it takes minutes.
+The run is by default the MoCo recipe with dropout and a checkpoint every few steps, on a small dataset made here; it takes
+minutes.
 Exit status 1 if parameters, losses or batches differ from those of the unbroken run.
 """
 
@@ -34,10 +36,15 @@ OPTIONS = [
 
 def launch(arguments: argparse.Namespace, dataset: pathlib.Path, workdir: pathlib.Path) -> list[subprocess.Popen]:
     """Starts the run, in one process or two."""
-    more = [*OPTIONS, f"--config.steps={arguments.steps}", f"--config.checkpoint_every={arguments.every}"]
+    more = [
+        *OPTIONS,
+        *(f"--{option}" for option in arguments.option),
+        f"--config.steps={arguments.steps}",
+        f"--config.checkpoint_every={arguments.every}",
+    ]
     if arguments.processes == 2:
-        return conftest.peers(dataset, workdir, *more, name="moco", devices=1)
-    return [conftest.start(conftest.command(dataset, workdir, *more, name="moco"))]
+        return conftest.peers(dataset, workdir, *more, name=arguments.recipe, devices=1)
+    return [conftest.start(conftest.command(dataset, workdir, *more, name=arguments.recipe))]
 
 
 def reached(workdir: pathlib.Path) -> int:
@@ -87,7 +94,10 @@ def curve(workdir: pathlib.Path) -> list[tuple]:
 def train(arguments: argparse.Namespace, folder: pathlib.Path, chance: random.Random) -> bool:
     """Returns whether the broken run equals the unbroken one."""
     lengths = np.random.default_rng(1).integers(5, 97, 150).tolist()
-    dataset = conftest.write_dataset(folder / "data", {"train": lengths, "validation": [50] * 60})
+    sizes = {"train": lengths, "validation": [50] * 60}
+    dataset = conftest.write_dataset(folder / "data", sizes)
+    pairs = {split: [max(9, size) for size in of_split] for split, of_split in sizes.items()}
+    conftest.write_dataset(dataset / "pairs", pairs, fields=3, hard_negatives=1, labels=[0.0, 1.0])
     whole = conftest.finish(*launch(arguments, dataset, folder / "whole"))[0]
     kills = 0
     while kills < arguments.kills:
@@ -135,6 +145,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--processes", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--recipe", default="moco", help="a recipe of configs/, without variant")
+    parser.add_argument("--option", action="append", default=[], help="an override, as config.micro_batch=6")
     parser.add_argument("--steps", type=int, default=2500, help="of the whole run; it must outlast the kills")
     parser.add_argument("--every", type=int, default=7, help="steps between checkpoints")
     parser.add_argument("--seed", type=int, default=0)

@@ -71,7 +71,7 @@ def test_hidden_states_and_gradients_equal_those_of_transformers(family: str, tm
     state = nnx.state(module, nnx.Param)
     nnx.replace_by_pure_dict(state, imported.params["transformer"])
     nnx.update(module, state)
-    states = np.asarray(module(tokens, mask.astype(np.int32)))
+    states = np.asarray(module(tokens, mask.astype(np.int32))[0])
     np.testing.assert_allclose(states[mask], hidden.detach().numpy()[mask], atol=1e-5)
 
     jax_model = encoder.make_encoder(model, len(WORDS))
@@ -91,6 +91,8 @@ def test_poolings_of_older_and_newer_files(tmp_path: pathlib.Path) -> None:
         ('{"pooling_mode_cls_token": true, "pooling_mode_mean_tokens": false}', "cls"),
         ('{"pooling_mode": "lasttoken"}', "eos"),
         ('{"pooling_mode": "mean"}', "mean"),
+        ('{"embedding_dimension": 16}', "mean"),
+        ('{"pooling_mode": ["cls"], "pooling_mode_mean_tokens": true}', "cls"),
         ('{"pooling_mode_max_tokens": true}', "max"),
     ):
         path.write_text(text)

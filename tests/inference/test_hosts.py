@@ -73,6 +73,21 @@ def test_two_processes_encode_as_one(tmp_path: pathlib.Path) -> None:
     np.testing.assert_allclose(one, two, atol=1e-6)
 
 
+@pytest.mark.slow
+def test_two_processes_mine_as_one(tmp_path: pathlib.Path) -> None:
+    folder = write_folder(tmp_path / "bert", "bert")
+    pairs = [{"query": text, "positive": other} for text, other in zip(TEXTS[:30], TEXTS[30:60], strict=True)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    arguments = [sys.executable, "-m", "contrastive_jax", "mine", f"--model=hf:{folder}", f"--pairs={tmp_path}/pairs.jsonl"]
+    finish(start([*arguments, f"--output={tmp_path}/1.jsonl"]), *two_processes([*arguments, f"--output={tmp_path}/2.jsonl"]))
+    one, two = (list(map(json.loads, (tmp_path / name).read_text().splitlines())) for name in ("1.jsonl", "2.jsonl"))
+    assert len(one) == 30
+    for line, other in zip(one, two, strict=True):
+        np.testing.assert_allclose(line.pop("neg_scores"), other.pop("neg_scores"), atol=2e-6)
+        np.testing.assert_allclose(line.pop("pos_scores"), other.pop("pos_scores"), atol=2e-6)
+        assert line == other and len(line["neg"]) == 5
+
+
 def test_all_processes_end_with_the_mistake_of_the_user(run: pathlib.Path, tmp_path: pathlib.Path) -> None:
     (tmp_path / "dev.tsv").write_text("5 the cat\n")
     outputs = finish(*two_processes(evaluation(f"--model={run}", "--tasks=sts", f"--data={tmp_path}")), status=2)

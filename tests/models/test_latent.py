@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from scipy import special
 
 from contrastive_jax.config import UserError, default_config
+from contrastive_jax.config.dense import vector_size
 from contrastive_jax.models import encoder as encoder_lib
 from contrastive_jax.models.attention import attention_mask
 from contrastive_jax.models.dropout import Noise
@@ -60,7 +61,7 @@ def test_row60_the_second_text_depends_on_the_latents_alone_and_they_are_the_emb
     segment = jnp.tile(jnp.repeat(jnp.array([1, 2]), 6), (4, 1))
     first = encoder.encode(params, tokens, segment, joined=True)
     other = encoder.encode(params, tokens.at[:, 3].add(1) % 64, segment, joined=True)
-    assert first.z.shape == (4, 12) and encoder_lib.vector_size(model) == 12
+    assert first.z.shape == (4, 12) and vector_size(model) == 12
     np.testing.assert_allclose(np.linalg.norm(first.z, axis=1), 1, atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(np.asarray(first.z).reshape(4, 2, 6), axis=2), 0.5**0.5, atol=1e-6)
     np.testing.assert_allclose(first.z, encoder.apply(params, tokens[:, :6], segment[:, :6]), atol=1e-6)

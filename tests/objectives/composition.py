@@ -15,9 +15,10 @@ from ml_collections import ConfigDict
 
 from contrastive_jax.config import default_config
 from contrastive_jax.models import encoder
+from contrastive_jax.objectives import dense as dense_lib
 from contrastive_jax.objectives import pairs
 from contrastive_jax.objectives.losses import LOSSES
-from contrastive_jax.objectives.objective import Objective, PairIds
+from contrastive_jax.objectives.objective import NOTHING, Given, Objective, PairIds
 from contrastive_jax.runtime import sharding
 from contrastive_jax.training import grad_cache
 from contrastive_jax.training.views import Rows
@@ -27,7 +28,7 @@ TEMPERATURE = 0.005  # logits up to ±200
 
 
 def objective_config(**changes: object) -> ConfigDict:
-    config = default_config().objective
+    config = pairs.pair_config(default_config())
     config.update(block=5, temperature=TEMPERATURE, temperature_min=TEMPERATURE)
     config.update(changes)
     return config
@@ -64,10 +65,20 @@ def distance(got: jax.Array, expected: jax.Array) -> float:
 
 HOW, DEVICES, HARD, SIZES, MASKING = ("direct", "cached"), (1, 2, 4, 8), (0, 2), ("whole", "matryoshka"), ("plain", "masked")
 PLACES = ("local", "gathered", "ring")
+# Losses with what else changes them; "masked" has the guide's similarities where there is a guide.
+HARDNESS = {"hardness": 20.0, "hardness_own": 10.0}
+JOINT = {"symmetric": False, "joint": ("document_query", "query_query", "document_document")}
+CHANGED: dict[str, tuple[str, dict]] = {name: (name, {}) for name in LOSSES} | {
+    "joint": ("infonce", JOINT),
+    "hardness": ("infonce", HARDNESS),
+    "guided": ("infonce", {"mask_guide": True}),
+    "siglip, changed": ("siglip", HARDNESS | {"mask_guide": True, "mask_relative": True}),
+    "joint, changed": ("infonce", JOINT | HARDNESS | {"mask_guide": True, "mask_relative": True}),
+}
 TABLE = [
     case
-    for case in itertools.product(LOSSES, PLACES, HOW, DEVICES, HARD, SIZES, MASKING)
-    if not (LOSSES[case[0]].average and case[5] == "matryoshka")
+    for case in itertools.product(CHANGED, PLACES, HOW, DEVICES, HARD, SIZES, MASKING)
+    if not (LOSSES[CHANGED[case[0]][0]].average and case[5] == "matryoshka")
 ]
 # In every run of the tests: each loss in each place, the other choices in turns.
 COVER = [
@@ -95,17 +106,33 @@ COVER = [
     ("jsd", "ring", "cached", 8, 0, "matryoshka", "masked"),
     ("jsd", "gathered", "direct", 8, 0, "whole", "plain"),
     ("jsd", "local", "cached", 1, 2, "whole", "masked"),
+    ("joint", "ring", "cached", 8, 2, "whole", "masked"),
+    ("joint", "gathered", "direct", 4, 0, "matryoshka", "plain"),
+    ("hardness", "ring", "direct", 8, 2, "whole", "plain"),
+    ("guided", "ring", "cached", 4, 0, "matryoshka", "masked"),
+    ("siglip, changed", "gathered", "cached", 8, 2, "whole", "masked"),
+    ("joint, changed", "ring", "direct", 8, 2, "matryoshka", "masked"),
+    ("joint, changed", "local", "cached", 4, 2, "whole", "masked"),
 ]
 
 
 def composition_config(loss: str, where: str, hard: int, matryoshka: str, masking: str) -> ConfigDict:
-    config = objective_config(name=loss, where=where, hard_negatives=hard, bias=-3.0)
+    name, changes = CHANGED[loss]
+    config = objective_config(name=name, where=where, hard_negatives=hard, bias=-3.0, **changes)
+    config.hardness_own *= hard > 0
     if loss == "nwj":  # it is an exponential itself, and e^200 is no float32
         config.temperature = 0.2
     config.matryoshka = ((7, 0.5), (E, 1.0)) if matryoshka == "matryoshka" else ()
     config.update(mask_same_document=masking == "masked", mask_duplicates=masking == "masked")
     config.mask_margin = 0.3 if masking == "masked" else None
+    if masking == "plain":
+        config.update(mask_guide=False, mask_relative=False)
     return config
+
+
+def guide(views: int) -> jax.Array:
+    """Unit vectors [b v 5] of another model, whose similarities have nothing to do with ours."""
+    return dense_lib.normalize(embeddings(views, seed=9)[..., :5])
 
 
 @functools.cache
@@ -134,12 +161,25 @@ def encode(params: dict, rows: Rows) -> jax.Array:
 
 
 def value_and_gradients(encode: Callable, loss: Callable) -> Callable:
-    """Of (parameters, a nudge of the embeddings [b v e], rows, ids)."""
+    """Of (parameters, a nudge of the embeddings [b v e], rows, ids, what the memory gives)."""
 
-    def value(params: dict, nudge: jax.Array, rows: Rows, ids: PairIds) -> jax.Array:
-        return loss(encode(params["encoder"], rows) + nudge, ids, params["objective"])
+    def value(params: dict, nudge: jax.Array, rows: Rows, ids: PairIds, given: Given) -> jax.Array:
+        return loss(encode(params["encoder"], rows) + nudge, ids, params["objective"], given)
 
     return jax.jit(jax.value_and_grad(value, argnums=(0, 1)))
+
+
+def computed(
+    make: Callable[[jax.sharding.Mesh], Objective], views: int, how: str, devices: int, host: PairIds, given: Given = NOTHING
+) -> tuple:
+    """Loss and gradients of an objective on so many devices."""
+    mesh = mesh_of(devices)
+    objective = make(mesh)
+    embed = grad_cache.cached(encode, 16, mesh, sharding.BATCH_AXES) if how == "cached" else encode  # 16 + 8: a ragged end
+    params = {"encoder": small_encoder()[1], "objective": objective.init(jax.random.key(0))}
+    nudge = np.zeros((B, views, E), np.float32)
+    spread = sharding.to_global((nudge, rows_of(views), host, given), np.arange(B), B, mesh)
+    return value_and_gradients(embed, lambda *arguments: objective.loss(*arguments)[0])(params, *spread)
 
 
 @functools.cache
@@ -147,30 +187,26 @@ def expected(loss: str, shards: int, hard: int, matryoshka: str, masking: str) -
     """Loss and gradients; and the sums of absolute values of what loss and objective's gradients are sums of."""
     config, views = composition_config(loss, "gathered", hard, matryoshka, masking), 2 + hard
 
-    def plain(z: jax.Array, _: PairIds, params: dict) -> jax.Array:
-        return dense.loss(config, z, ids(views), params, shards)
+    def plain(z: jax.Array, _: PairIds, params: dict, given: Given) -> jax.Array:
+        return dense.loss(config, z, ids(views), params, shards, given.z)
 
     params = {"encoder": small_encoder()[1], "objective": make(config, views).init(jax.random.key(0))}
     z = encode(params["encoder"], rows_of(views))
 
     def parts(params: dict) -> jax.Array:
-        return dense.parts(config, z, ids(views), params, shards)
+        return dense.parts(config, z, ids(views), params, shards, guide(views))
 
     sizes = jax.tree.map(
         lambda x: float(jnp.abs(x).sum()), (parts(params["objective"]), jax.jacfwd(parts)(params["objective"]))
     )
     nudge = jnp.zeros((B, views, E))
-    return *value_and_gradients(encode, plain)(params, nudge, rows_of(views), ids(views)), sizes
+    return *value_and_gradients(encode, plain)(params, nudge, rows_of(views), ids(views), Given(guide(views))), sizes
 
 
 def check_composition(loss: str, where: str, how: str, devices: int, hard: int, matryoshka: str, masking: str) -> None:
-    config, views, mesh = composition_config(loss, where, hard, matryoshka, masking), 2 + hard, mesh_of(devices)
-    objective = make(config, views, mesh)
-    embed = grad_cache.cached(encode, 16, mesh, sharding.BATCH_AXES) if how == "cached" else encode  # 16 + 8: a ragged end
-    params = {"encoder": small_encoder()[1], "objective": objective.init(jax.random.key(0))}
-    nudge = np.zeros((B, views, E), np.float32)
-    spread = sharding.to_global((nudge, rows_of(views), ids(views)), np.arange(B), B, mesh)
-    got = value_and_gradients(embed, lambda *arguments: objective.loss(*arguments)[0])(params, *spread)
+    config, views = composition_config(loss, where, hard, matryoshka, masking), 2 + hard
+    given = Given(np.asarray(guide(views)))
+    got = computed(functools.partial(make, config, views), views, how, devices, ids(views), given)
     value, gradients, sizes = expected(loss, devices if where == "local" else 1, hard, matryoshka, masking)
     assert abs(got[0] - value) < 1e-6 * max(abs(value), 0.1 * sizes[0])
     # A number that is a sum over rows may cancel (to 1e-6 of its terms, in one cell, where the float32 reference itself is 5 %

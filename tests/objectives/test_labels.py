@@ -215,5 +215,5 @@ def test_m12_entailment_has_one_direction_and_a_repeated_premise_is_no_negative_
     span_hash[:, 0], z = premise, z.at[1::2, 0].set(z[::2, 0])
     ids = ids._replace(span_hash=jnp.asarray(span_hash, jnp.int32))
     config = default_config()
-    config.objective.update(symmetric=False, hard_negatives=1)
+    config.objective.symmetric, config.data.hard_negatives = False, 1
     check(config, z, ids, lambda z, *_: entailment_loop(z, premise))

@@ -29,10 +29,10 @@ from objectives.composition import (
 )
 
 from contrastive_jax.config import UserError, default_config
-from contrastive_jax.objectives import exchange, pairs
+from contrastive_jax.objectives import exchange, pairs, registry
 from contrastive_jax.objectives.dense import info_nce
 from contrastive_jax.objectives.losses import LOSSES
-from contrastive_jax.objectives.objective import PairIds
+from contrastive_jax.objectives.objective import Given, PairIds
 from contrastive_jax.runtime import sharding
 
 # --- by hand ---------------------------------------------------------------------------------------------------------------
@@ -100,13 +100,20 @@ def test_the_logits_of_the_table_are_large() -> None:
 # --- options ---------------------------------------------------------------------------------------------------------------
 
 
-def compare(config: ConfigDict, views: int, value: float = 1e-6, gradient: float = 1e-5, devices: int = 4) -> None:
-    z, mesh = embeddings(views), mesh_of(devices)
+def compare(
+    config: ConfigDict,
+    views: int,
+    value: float = 1e-6,
+    gradient: float = 1e-5,
+    devices: int = 4,
+    host: PairIds | None = None,
+) -> None:
+    z, mesh, host = embeddings(views), mesh_of(devices), host or ids(views)
     spread = make(config, views, mesh)
     params = spread.init(jax.random.key(0))
-    z_spread, ids_spread = sharding.to_global((np.asarray(z), ids(views)), np.arange(B), B, mesh)
+    z_spread, ids_spread = sharding.to_global((np.asarray(z), host), np.arange(B), B, mesh)
     got = jax.jit(jax.value_and_grad(lambda z, p: spread.loss(z, ids_spread, p)[0], argnums=(0, 1)))(z_spread, params)
-    plain = jax.jit(jax.value_and_grad(lambda z, p: dense.loss(config, z, ids(views), p), argnums=(0, 1)))(z, params)
+    plain = jax.jit(jax.value_and_grad(lambda z, p: dense.loss(config, z, host, p), argnums=(0, 1)))(z, params)
     assert distance(got[0], plain[0]) < value
     far = jax.tree.map(distance, got[1], plain[1])
     assert max(jax.tree.leaves(far)) < gradient, far
@@ -126,6 +133,25 @@ def compare(config: ConfigDict, views: int, value: float = 1e-6, gradient: float
 )
 def test_option_equals_the_dense_loss(changes: dict, views: int) -> None:
     compare(objective_config(**changes), views)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_pairs_of_a_source_without_in_batch_negatives_have_their_own_hard_ones_alone(masked: bool) -> None:
+    source = np.arange(B) % 3  # two sources without, and one with
+    host = ids(4)
+    host = host._replace(
+        document=np.where(source < 2, -3 - source, host.document).astype(np.int32), label=np.zeros(B, np.float32)
+    )
+    config = objective_config(
+        where="ring", hard_negatives=2, mask_same_document=masked, mask_duplicates=masked, symmetric=False
+    )
+    compare(config, 4, host=host)
+    z, params = embeddings(4), make(config, 4).init(jax.random.key(0))
+    alone = host._replace(document=np.full(B, -3, np.int32))
+    logits = jnp.einsum("be,bke->bk", z[:, 0], z[:, 1:]) / TEMPERATURE
+    config.mask_duplicates = False
+    value = make(config, 4).loss(z, alone, params)[0]
+    np.testing.assert_allclose(value, -jax.nn.log_softmax(logits)[:, 0].mean(), rtol=1e-5)
 
 
 def test_two_positives_and_a_hard_negative() -> None:
@@ -294,6 +320,36 @@ def test_rows_without_negatives_are_harmless(loss: str) -> None:
         assert value == 0 and not gradient.any()
 
 
+# --- memory ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["joint, changed", "sums"])
+def test_temporaries_grow_linearly_with_the_batch(name: str) -> None:
+    """Also with all that a tile does; and those of losses that are sums over the rows alone."""
+    config, mesh = default_config(), mesh_of(8)
+    config.objective = composition_config("joint, changed", "ring", 1, "whole", "masked")
+    config.memory.kind, config.data.sampler, config.data.hard_negatives = "frozen", "fields", 1
+    if name == "sums":
+        config.objective.update(weight=0.0, extra=tuple((extra, 1.0) for extra in registry.EXTRA))
+    objective = registry.make_objective(config, 3, E, mesh, sharding.BATCH_AXES)
+    params = objective.init(jax.random.key(0))
+
+    def megabytes(b: int) -> float:
+        rows = jax.sharding.NamedSharding(mesh, sharding.BATCH)
+        shapes = {"z": (b, 3, E), "guide": (b, 3, E), "scores": (b, 2), "document": (b,), "span_hash": (b, 3)}
+        types = {name: jnp.int32 if name in ("document", "span_hash") else jnp.float32 for name in shapes}
+        structs = {name: jax.ShapeDtypeStruct(shape, types[name], sharding=rows) for name, shape in shapes.items()}
+
+        def loss(z: jax.Array, guide: jax.Array, scores: jax.Array, document: jax.Array, span_hash: jax.Array) -> jax.Array:
+            return objective.loss(z, PairIds(document, span_hash, scores=scores), params, Given(guide))[0]
+
+        program = jax.jit(jax.value_and_grad(loss)).lower(*structs.values()).compile()
+        return program.memory_analysis().temp_size_in_bytes / 1e6
+
+    small, large = megabytes(2048), megabytes(8192)
+    assert large < 4.2 * small, (small, large)
+
+
 # --- the rest --------------------------------------------------------------------------------------------------------------
 
 
@@ -344,6 +400,12 @@ def test_matryoshka_reports_each_prefix() -> None:
         ({"label_smoothing": 0.1, "name": "dcl"}, "label_smoothing"),
         ({"matryoshka": ((E + 1, 1.0),)}, "matryoshka"),
         ({"matryoshka": ((E, 0.0),)}, "matryoshka"),
+        ({"joint": ("query_query",)}, "joint"),
+        ({"joint": ("query_query",), "symmetric": False, "name": "dcl"}, "joint"),
+        ({"hardness_own": 1.0}, "hardness_own"),
+        ({"mask_guide": True}, "mask_guide: set config.objective.mask_margin"),
+        ({"mask_relative": True}, "mask_relative: set config.objective.mask_margin"),
+        ({"mask_guide": True, "mask_margin": 0.0, "pairing": "all", "context": 3}, "mask_guide: needs"),
     ],
 )
 def test_values_that_do_not_go_together_name_the_key(changes: dict, key: str) -> None:

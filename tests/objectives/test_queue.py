@@ -21,7 +21,7 @@ B, S, E = 16, 3, 8
 
 
 def config_of(**changes: object) -> ConfigDict:
-    config = default_config().objective
+    config = pairs.pair_config(default_config())
     config.update(symmetric=False, block=7, temperature=0.1)
     config.update(changes)
     return config

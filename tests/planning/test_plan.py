@@ -205,12 +205,14 @@ def test_model_flops_are_six_per_weight_and_token() -> None:
         (4, 3, dict(pairing="both", positives="mean")),
         (6, 4, dict(pairing="all")),
         (3, 4, {}),
-        (2, 4, dict(positives="mean", hard_negatives=1)),
+        (2, 4, {"positives": "mean", "data.hard_negatives": 1}),
+        (3 + 1 + 2 * 3, 4, {"joint": ("document_query", "query_query", "document_document"), "data.hard_negatives": 1}),
         (8, 1, dict(locals=8)),
         (0, 2, dict(name="cosent")),
     ]
     for matrices, views, values in scores:
         config.objective = recipe("debug").objective
+        config.data.hard_negatives = values.pop("data.hard_negatives", 0)
         config.objective.update(values)
         of_scores = estimate.model_flops(config, params, views)[0] - tokens // 2 * views * (6 * weights + 12 * d * 64)
         assert of_scores == 6 * matrices * 128**2 * d

@@ -31,7 +31,8 @@ WRONG = {
 MAY_BE_ZERO = (
     "seed eval_every checkpoint_every micro_batch micro_batch_tokens data.min_gap data.max_gap data.min_separation "
     "model.num_layers model.latent model.local_window model.embedding_dim objective.context objective.locals "
-    "objective.hard_negatives tokens.positions optim.warmup_steps guard.skipped_in_a_row guard.warmup_steps eval.seed"
+    "data.hard_negatives data.query_length "
+    "tokens.positions optim.warmup_steps guard.skipped_in_a_row guard.warmup_steps eval.seed"
 ).split()
 RIGHT = {(f"config.{key}", "0") for key in MAY_BE_ZERO} | {("config.objective.bias", "-1.0")}
 MAY_BE_EMPTY = (
@@ -93,6 +94,15 @@ IMPOSSIBLE = [
         "objective.where=ring mesh.tensor=8 model.num_heads=8 model.num_kv_heads=8",
         "config.objective.where='ring': the batch is on one device",
     ),
+    (
+        "objective.joint=('query_query',)",
+        "config.objective.joint=('query_query',): is one softmax over several directions; set",
+    ),
+    ("objective.joint=('queries',)", "config.objective.joint=('queries',): choose any of document_query, query_query"),
+    ("objective.hardness_own=5.0", "config.objective.hardness_own=5.0: set config.data.hard_negatives"),
+    ("objective.mask_guide=True objective.mask_margin=0.0", "'mask_guide' needs a target; set config.memory.kind='frozen'"),
+    ("objective.extra=(('gor',1.0),)", "config.objective.extra: no loss 'gor'; there are similarity, embedding, margin_mse"),
+    ("objective.name=kl", "config.objective: 'kl' compares the documents of a pair by a teacher's scores; set"),
     ("objective.temperature=0.005", "config.objective.temperature=0.005 must lie in"),
     ("model.num_kv_heads=3", "config.model.num_kv_heads=3 must divide config.model.num_heads=4"),
     ("model.head_dim=5", "config.model.head_dim=5"),

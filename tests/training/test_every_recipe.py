@@ -18,7 +18,14 @@ from contrastive_jax.training import loop
 from contrastive_jax.training.step import TrainState
 
 
-@pytest.mark.parametrize(("name", "argument"), [each for each in RECIPES if "_text" not in each[0] and "_base" not in each[0]])
+def quick() -> list:
+    """The recipes that are not too large, of which all variants but the first are slow tests."""
+    small = [each for each in RECIPES if "_text" not in each[0] and "_base" not in each[0]]
+    first = dict(reversed(small))
+    return [each if first[each[0]] == each[1] else pytest.param(*each, marks=pytest.mark.slow) for each in small]
+
+
+@pytest.mark.parametrize(("name", "argument"), quick())
 def test_every_recipe_has_a_step(name: str, argument: str) -> None:
     """tests/planning compiles that of the others."""
     config = recipe(name, *[argument] * bool(argument))

@@ -28,7 +28,10 @@ def rows() -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.parametrize(("micro_batch", "devices"), [(7, 1), (16, 8), (12, 4)])  # 7, and 16 of 24: a ragged end
+@pytest.mark.parametrize(
+    ("micro_batch", "devices"),
+    [pytest.param(7, 1, marks=pytest.mark.slow), (16, 8), pytest.param(12, 4, marks=pytest.mark.slow)],
+)  # 7, and 16 of 24: a ragged end
 def test_equals_direct_with_dropout_and_a_token_loss(micro_batch: int, devices: int) -> None:
     config = default_config().model
     config.update(num_layers=1, d_model=8, num_heads=2, num_kv_heads=2, head_dim=4, d_ff=16, dropout=0.3, attention_dropout=0.2)

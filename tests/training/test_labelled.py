@@ -95,11 +95,33 @@ def test_row55_hard_negatives_and_row51_copies_are_the_same_on_8_devices_and_cac
     np.testing.assert_allclose(first_losses(config, 8), expected, rtol=2e-5)
 
 
+def test_short_rows_of_queries_change_nothing_but_the_cost(dataset: pathlib.Path) -> None:
+    config = small("infonce", dataset / "pairs", max_span=18)
+    config.model.update(num_layers=1, zero_init_branches=False)
+    config.data.one_source = "domain"
+    whole = first_losses(config, 1)
+    config.data.query_length, config.micro_batch = 20, 8
+    np.testing.assert_allclose(first_losses(config, 8), whole, rtol=2e-5)
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    shapes = build.batch_shapes(config, mesh)
+    assert shapes.tokens.shape == (16, 3, 1, 24) and shapes.scores.shape == (16, 2)
+    assert build.row_tokens(config.data) == 20 + 2 * 24
+    for changes, need in (
+        ({"sampler": "neighbours"}, "config.data.sampler='fields'"),
+        ({"query_length": 2}, "to lie between 3 and config.data.length=24"),
+        ({"pack_pairs": 2}, "config.data.pack_pairs=1"),
+    ):
+        changed = config.copy_and_resolve_references()
+        changed.data.update(changes)
+        with pytest.raises(UserError, match=rf"config.data.query_length={changed.data.query_length}: needs {need}"):
+            build.check_query_length(changed)
+
+
 def test_row55_hard_negatives_and_labels_that_do_not_fit_are_refused(
     dataset: pathlib.Path, scored: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     config = small("infonce", dataset / "pairs", views=2)
-    with pytest.raises(UserError, match=r"config.objective.hard_negatives=1: of the 2 views .* config.data.views=3"):
+    with pytest.raises(UserError, match=r"config.data.hard_negatives=1: of the 2 views .* config.data.views=3"):
         loop.set_up(config, epath.Path(tmp_path))
     config = small("softmax", scored)
     with pytest.raises(UserError, match=r"config.labels.classes=\(2,\): they are 2, but the data has the label 5"):

@@ -79,6 +79,10 @@ def test_every_key_is_read(dataset: pathlib.Path, tmp_path: pathlib.Path, monkey
     )
     for name, *argument in (*recipes, ("simsiam",)):
         trace(recipe(name, *argument))
+    scored = recipe("labelled", "cosine")
+    scored.objective.update(name="kl", extra=(("spread_square", 1.0),))
+    scored.data.views = 3
+    trace(scored)
     for config.data.sampler in spans.SAMPLERS:
         spans.make_sampler(config.data)
     assert sorted(leaves - seen) == []

@@ -103,7 +103,7 @@ def test_tables_may_have_fewer_or_more_rows() -> None:
         params = build.overlay(fresh, {"a": jax.numpy.ones((rows, 2))})
         assert params["a"].sum() == 2 * min(rows, 4) and params["b"].sum() == 0
     with pytest.raises(
-        UserError, match=r"a parameter has shape \(4, 3\) there, this model needs \(4, 2\); set config.model.embedding_dim as"
+        UserError, match=r"a parameter has shape \(4, 3\) there, this model needs \(4, 2\); set config.model.embedding_dim and"
     ):
         build.overlay(fresh, {"a": jax.numpy.ones((4, 3))})
 

@@ -25,6 +25,7 @@ ARCHITECTURES = {
     "modern": dict(embedding_norm=True, mlp="geglu", bias=False, local_window=3, global_every=2),
     "llama": dict(norm="rmsnorm", mlp="swiglu", pooling="cls"),
     "projected": dict(embedding_dim=10, mlp="quick_gelu"),
+    "dense": dict(dense=((14, "tanh", True), (10, "identity", False))),
 }
 
 
@@ -51,7 +52,7 @@ def test_row58_a_widened_model_has_the_same_cosines_and_its_copies_part(name: st
     mask = np.arange(LENGTH) < np.array([2, 5, 7, 9, 11, 12])[:, None]
     z, z_wide = narrow.apply(params, tokens, mask), wide.apply(widened, tokens, mask)
     np.testing.assert_allclose(z_wide @ z_wide.T, z @ z.T, atol=1e-5)
-    expected = z if name == "projected" else np.tile(z, K) / K**0.5
+    expected = z if name in ("projected", "dense") else np.tile(z, K) / K**0.5
     np.testing.assert_allclose(z_wide, expected, atol=1e-5)
 
     @jax.jit

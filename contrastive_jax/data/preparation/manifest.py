@@ -144,7 +144,9 @@ def make_manifest(
 
 
 def describe_pairs(shards: Sequence[Shard], written: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns the manifest's entries on pairs: how many fields each has, and the lowest and the highest label.
+    """Returns the manifest's entries on pairs: how many texts each has at least, and the lowest and the highest label.
+
+    Of "fields" texts some are hard negatives. "sources" has what training and exports need to know of each domain.
 
     Args:
       shards: the files of the input.
@@ -152,15 +154,26 @@ def describe_pairs(shards: Sequence[Shard], written: Iterable[Mapping[str, Any]]
     """
     if not shards[0].pair:
         return {}
-    of_shards = [of_split["labels"] for outcome in written for of_split in outcome["file_shards"].values()]
-    return {"fields": shards[0].pair.size, "labels": label_range(of_shards)}
+    of_shards = [of_split for outcome in written for of_split in outcome["file_shards"].values() if of_split["records"]]
+    positives, negatives = (min(of_split[name] for of_split in of_shards) for name in ("positives", "hard_negatives"))
+    names = ("query_prompt", "document_prompt", "in_batch")
+    sources = {
+        shard.domain: {name: getattr(shard.pair.options, name) for name in names}
+        for shard in shards
+        if shard.domain and shard.pair
+    }
+    labels = label_range(of_split["labels"] for of_split in of_shards)
+    return {"fields": 1 + positives + negatives, "hard_negatives": negatives, "labels": labels, "sources": sources}
 
 
-def tfds_features(vocab_size: int, has_labels: bool) -> str:
+def tfds_features(vocab_size: int, has_numbers: bool) -> str:
     """Returns the features.json by which TFDS parses the records."""
     package = "tensorflow_datasets.core.features."
     text = {"pythonClassName": f"{package}text_feature.Text", "text": {}}
-    tokens = {"dtype": token_type(vocab_size).name, "encoding": "bytes", "shape": {"dimensions": ["-1"]}}
+
+    def tensor(dtype: str, encoding: str) -> dict[str, Any]:
+        kind = {"dtype": dtype, "encoding": encoding, "shape": {"dimensions": ["-1"]}}
+        return {"pythonClassName": f"{package}tensor_feature.Tensor", "tensor": kind}
 
     def scalar(dtype: str) -> dict[str, Any]:
         return {"pythonClassName": f"{package}scalar.Scalar", "tensor": {"dtype": dtype, "encoding": "none", "shape": {}}}
@@ -169,8 +182,8 @@ def tfds_features(vocab_size: int, has_labels: bool) -> str:
         "document": text,
         "domain": text,
         "position": scalar("int32"),
-        **({"label": scalar("float32")} if has_labels else {}),
-        "tokens": {"pythonClassName": f"{package}tensor_feature.Tensor", "tensor": tokens},
+        **({"numbers": tensor("float32", "none")} if has_numbers else {}),
+        "tokens": tensor(token_type(vocab_size).name, "bytes"),
     }
     kind = {"pythonClassName": f"{package}features_dict.FeaturesDict", "featuresDict": {"features": features}}
     return json.dumps(kind, indent=4)

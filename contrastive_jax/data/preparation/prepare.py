@@ -12,11 +12,14 @@ The work is done by small tasks (`stages`), each of which leaves a file. Whateve
 arguments goes on from these files, and makes the same dataset.
 """
 
+import contextlib
+import functools
 import os
+import pathlib
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from etils import epath
@@ -47,7 +50,7 @@ from contrastive_jax.data.preparation.manifest import (
 )
 from contrastive_jax.data.preparation.stage_progress import StageProgress, stage_names
 from contrastive_jax.data.preparation.work import WORK, Work
-from contrastive_jax.data.raw import inputs, losses, python_text
+from contrastive_jax.data.raw import inputs, losses, pair_sources, python_text
 from contrastive_jax.data.raw.pairs import PairFields
 from contrastive_jax.data.raw.sources import Shard
 from contrastive_jax.files import listing
@@ -116,8 +119,7 @@ def prepare(
     arguments = Arguments(as_tuple(input), as_tuple(validation), **others)
     check_arguments(arguments)
     arguments = with_absolute_paths(arguments)
-    target = files.absolute(output)
-    before = prepared_before(target)
+    before = prepared_before(target := files.absolute(output))
     if before and not overwrite and not is_input_there(before, arguments):
         say(f"{target} is already prepared with these arguments; its input is no longer there")
         return before
@@ -135,10 +137,28 @@ def prepare(
             check_same(target, before, plan)
             return before
         work = workspace.begin(folder, plan, overwrite, say)
-        manifest = build(work, arguments, plan, source.shards or write_python_text(work), budget, beam)
+        with with_texts(work, source.shards or write_python_text(work), bool(beam)) as shards:
+            manifest = build(work, arguments, plan, shards, budget, beam)
         workspace.finish(work, target)
     report(manifest, target)
     return manifest
+
+
+@contextlib.contextmanager
+def with_texts(work: Work, shards: list[Shard], on_beam: bool) -> Iterator[list[Shard]]:
+    """Yields the files of the input, which know where the texts are that pairs name by ids.
+
+    Raises:
+      UserError: Beam's machines would look texts up, which lie on this machine.
+    """
+    if not pair_sources.looked_up(shards):
+        yield shards
+        return
+    if on_beam:
+        raise UserError("--beam_pipeline_options: only this machine can look texts up by ids; leave it out")
+    with contextlib.ExitStack() as stack:
+        local = stack.enter_context(tempfile.TemporaryDirectory()) if files.on_bucket(work.root) else ""
+        yield pair_sources.write_texts(shards, pathlib.Path(local or work.path(f"{WORK}/texts")), say)
 
 
 def needed_memory(arguments: Arguments, shards: Sequence[Shard]) -> tuple[int, int]:
@@ -295,17 +315,25 @@ def find_source(arguments: Arguments) -> Source:
         return Source(shards, identity_of_files(shards), sha256)
     texts, labels = (tuple(split_at_commas(value)) for value in (arguments.text_field, arguments.labels))
     pair = PairFields(texts, arguments.label_field, labels) if arguments.pairs else None
-    options = arguments.text_field, arguments.domain_field, arguments.limit, pair
+    options = arguments.text_field, arguments.domain_field, arguments.limit
     name, patterns = ("pairs", arguments.pairs) if pair else ("input", arguments.input)
-    train = inputs.file_shards(patterns, TRAIN if arguments.validation else "", name, *options)
-    validation = inputs.file_shards(arguments.validation, VALIDATION, "validation", *options)
+    find: Callable[..., list[Shard]] = functools.partial(pair_sources.pair_shards, pair) if pair else inputs.file_shards
+    train = find(patterns, TRAIN if arguments.validation else "", name, *options)
+    validation = find(arguments.validation, VALIDATION, "validation", *options)
     in_both = {shard.name for shard in train} & {shard.name for shard in validation}
     if in_both:
         raise UserError(f"--{name} and --validation: both match {sorted(in_both)[0]}; change either glob")
     shards = [shard._replace(order=order) for order, shard in enumerate(validation + train)]
-    shards = inputs.with_field_count(shards, pair) if pair else shards
     inputs.check_fields(shards)
-    return Source(shards, identity_of_files(shards), sha256)
+    return Source(shards, identity_of_files(shards) + identity_of_sources(arguments, shards), sha256)
+
+
+def identity_of_sources(arguments: Arguments, shards: Sequence[Shard]) -> list[dict[str, Any]]:
+    """Returns what tells files of sources, and the texts that their pairs name by ids, from others of the same name."""
+    paths = [value for value in arguments.pairs + arguments.validation if pair_sources.is_file_of_sources(value)]
+    found = [file for value in paths for file in listing.list_files(value)]
+    texts = [file for glob in pair_sources.looked_up(shards) for file in pair_sources.text_files(glob)]
+    return [file._asdict() for file in [*found, *texts]]
 
 
 def identity_of_evaluation(arguments: Arguments) -> list[dict[str, Any]]:

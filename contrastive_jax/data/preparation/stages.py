@@ -209,7 +209,7 @@ def hash_piece(recipe: Recipe, piece: Piece) -> Outcome:
     for place, item in items_of(piece):
         lines[item.shard.name] += 1
         if isinstance(item, Reject):
-            if arguments.on_bad == "fail" and item.reason != schemas.EMPTY_TEXT:
+            if arguments.on_bad == "fail" and item.reason not in schemas.HARMLESS:
                 raise UserError(sources.stop_message(item))
             rejects.add(item.reason, item.shard, item.domain)
             if item.lost_bytes:

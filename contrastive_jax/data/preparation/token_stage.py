@@ -27,6 +27,7 @@ from contrastive_jax.data.preparation.stages import (
     split_of,
 )
 from contrastive_jax.data.preparation.work import WORK, Work
+from contrastive_jax.data.raw.schemas import Pair
 from contrastive_jax.data.raw.sources import Document
 from contrastive_jax.data.store import Record
 
@@ -49,10 +50,11 @@ class Columns:
         self._dtype = dtype
         self._tokens, self._keys = bytearray(), bytearray()
         self._domain, self._start, self._length, self._position = (array.array("q") for _ in range(4))
-        self._label = array.array("f")
+        self._numbers: list[tuple[float, ...]] = []
 
-    def add(self, key: bytes, domain: int, ids: np.ndarray, record_tokens: int, label: float | None = None) -> int:
-        """Cuts a document into records; returns their number. `label` is that of a pair, or NaN; None for a document."""
+    def add(self, key: bytes, domain: int, ids: np.ndarray, record_tokens: int, pair: Pair | None = None) -> int:
+        """Cuts a document into records; returns their number. A pair is one record, whatever its length."""
+        record_tokens = len(ids) if pair else record_tokens
         starts, before = range(0, len(ids), record_tokens), len(self._tokens) // self._dtype.itemsize
         for position in starts:
             self._start.append(before + position)
@@ -60,7 +62,7 @@ class Columns:
             self._position.append(position)
             self._domain.append(domain)
             self._keys += key
-            self._label.extend([] if label is None else [label])
+            self._numbers += [(pair.label, pair.positives, len(pair.texts) - 1 - pair.positives, *pair.scores)] if pair else []
         self._tokens += ids.tobytes()
         return len(starts)
 
@@ -83,8 +85,32 @@ class Columns:
                 self._keys[16 * number : 16 * number + 16].hex(),
                 self._domain[number],
                 self._position[number],
-                self._label[number] if self._label else None,
+                self._numbers[number] if self._numbers else None,
             )
+
+
+class PairCounts:
+    """What the manifest says of the pairs of a file shard."""
+
+    def __init__(self) -> None:
+        self._labels = array.array("f")
+        self._fewest: tuple[int, int] | None = None  # positives and hard negatives
+
+    def add(self, record: Record) -> None:
+        """Counts a record; one of a document has no part in it."""
+        if record.numbers is None:
+            return
+        label, positives, negatives = record.numbers[:3]
+        fewest = self._fewest or (int(positives), int(negatives))
+        self._fewest = min(fewest[0], int(positives)), min(fewest[1], int(negatives))
+        self._labels.extend([] if math.isnan(label) else [label])
+
+    def described(self) -> dict[str, Any]:
+        """Returns the lowest and the highest label, and the fewest positives and hard negatives of a pair; {}: no pairs."""
+        if self._fewest is None:
+            return {}
+        labels = [min(self._labels), max(self._labels)] if self._labels else []
+        return {"labels": labels, "positives": self._fewest[0], "hard_negatives": self._fewest[1]}
 
 
 def text_pieces(text: str) -> Iterator[str]:
@@ -115,11 +141,20 @@ def encode(tokens: Any, texts: Sequence[str], dtype: np.dtype) -> list[np.ndarra
 
 
 def encode_pairs(tokens: Any, documents: Sequence[Document], dtype: np.dtype, most: int) -> list[np.ndarray]:
-    """Returns the token ids of each pair: those of each field, `most` of them at most, and the id `eos`, which ends it."""
-    fields = [text for document in documents for text in document.fields]
+    """Returns the token ids of each pair: those of each text, `most` of them at most, and the id `eos`, which ends it.
+
+    A source of pairs may ask for shorter queries or documents.
+    """
+    texts, limits = list[str](), list[int]()
+    for document in documents:
+        assert document.pair and document.shard.pair
+        options, count = document.shard.pair.options, len(document.pair.texts)
+        texts += [text.strip() for text in document.pair.texts]
+        limits += [options.query_tokens or most] + [options.document_tokens or most] * (count - 1)
     end = np.array([tokens.reserved["eos"]], dtype)
-    ended = iter([np.concatenate([ids[:most], end]) for ids in encode(tokens, fields, dtype)])
-    return [np.concatenate([next(ended) for _ in document.fields]) for document in documents]
+    pairs = zip(encode(tokens, texts, dtype), limits, strict=True)
+    ended = iter([np.concatenate([ids[: min(limit, most)], end]) for ids, limit in pairs])
+    return [np.concatenate([next(ended) for _ in document.pair.texts]) for document in documents if document.pair]
 
 
 def documents_of(recipe: Recipe, piece: Piece, rejects: Rejects) -> Iterator[list[Document]]:
@@ -159,8 +194,7 @@ def token_piece(recipe: Recipe, piece: Piece) -> Outcome:
             key, size = key_and_size(document.text)
             split, domain = split_of(key, document.shard, arguments.validation_fraction), document.domain
             counts[split, domain, "documents"] += 1
-            whole = (len(ids), document.label) if arguments.pairs else (longest,)  # a pair is one record
-            counts[split, domain, "records"] += columns[split].add(key, numbers[domain], ids, *whole)
+            counts[split, domain, "records"] += columns[split].add(key, numbers[domain], ids, longest, document.pair)
             counts[split, domain, "tokens"] += len(ids)
             counts[split, domain, "bytes"] += size
     return work.write_outcome(
@@ -198,19 +232,18 @@ def write_file_shard(
     """Writes records of a piece's split to the file `name`, and their index.
 
     Returns:
-      The number of records and of chunks, the bytes of the file shard, a hash of its records, and their lowest and highest
-      label. (The file is no measure of its content: protocol buffers promise no order of the entries of a map.)
+      The number of records and of chunks, the bytes of the file shard, a hash of its records, and of pairs see `PairCounts`.
+      (The file is no measure of its content: protocol buffers promise no order of the entries of a map.)
     """
-    digest, labels = hashlib.sha256(), array.array("f")
+    digest, pairs = hashlib.sha256(), PairCounts()
 
     def hashed_records() -> Iterator[Record]:
         for record in records:
-            label = "" if record.label is None else f" {record.label}"
-            labels.extend([] if record.label is None or math.isnan(record.label) else [record.label])
+            numbers = "".join(f" {number:g}" for number in record.numbers or ())
+            pairs.add(record)
             digest.update(record.tokens.tobytes())
-            digest.update(
-                f"\0{len(record.tokens)} {record.document} {record.position} {recipe.domains[record.domain]}{label}\0".encode()
-            )
+            described = f"{len(record.tokens)} {record.document} {record.position} {recipe.domains[record.domain]}{numbers}"
+            digest.update(f"\0{described}\0".encode())
             yield record
 
     with work.new_file(name) as path:
@@ -219,4 +252,4 @@ def write_file_shard(
     with work.new_file(index_file(piece.number, split)) as path, path.open("wb") as file:
         np.savez(file, **index._asdict())
     counts = {"records": len(index.length), "chunks": len(index.chunk_size), "bytes": size}
-    return counts | {"hash": digest.hexdigest(), "labels": [min(labels), max(labels)] if labels else []}
+    return counts | {"hash": digest.hexdigest(), **pairs.described()}

@@ -16,11 +16,12 @@ whose first folder has a "=" is written ./lang=en/*.parquet.
 import itertools
 import os
 import re
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from contrastive_jax.config import UserError
-from contrastive_jax.data.raw import schemas, sources, tables, text_stream
+from contrastive_jax.data.raw import parts, schemas, sources, tables, text_stream
 from contrastive_jax.data.raw.pairs import PairFields
 from contrastive_jax.data.raw.sources import Document, Part, Shard
 from contrastive_jax.data.raw.text_stream import DECOMPRESSORS
@@ -138,15 +139,15 @@ def check_fields(shards: Sequence[Shard]) -> None:
     Raises:
       UserError: none of them has it.
     """
-    for shard in shards[:1]:
+    for shard in [shard for shard in shards[:1] if shard.domain_field]:
         items = itertools.islice(sources.read(Part(shard, 0, 100, 1, 0, True)), 100)
         domains = {item.domain for item in items if isinstance(item, Document)}
-        if shard.domain_field and domains == {schemas.UNKNOWN_DOMAIN}:
+        if domains == {schemas.UNKNOWN_DOMAIN}:
             raise UserError(f"--domain_field={shard.domain_field}: the first documents of {shard.name} lack it; check its name")
 
 
 def with_field_count(shards: list[Shard], pair: PairFields) -> list[Shard]:
-    """Returns the files of pairs with the number of fields that the first good line has; all others need as many.
+    """Returns the files of a source with the number of texts that the first good line has; all lines of columns need as many.
 
     Raises:
       UserError: the first lines of the first file have no pair.
@@ -156,7 +157,37 @@ def with_field_count(shards: list[Shard], pair: PairFields) -> list[Shard]:
     if first is None:
         reason = f" ({items[0]})" if items else ""
         raise UserError(f"--pairs={shards[0].name}: no pair in its first lines{reason}; --text_field=A,B names the fields")
-    return [shard._replace(pair=pair._replace(size=len(first.fields))) for shard in shards]
+    assert first.pair
+    return [shard._replace(pair=pair._replace(size=len(first.pair.texts))) for shard in shards]
+
+
+class PairTexts(NamedTuple):
+    """The texts of a pair."""
+
+    query: str
+    positives: tuple[str, ...]
+    negatives: tuple[str, ...]
+
+
+def read_pairs(patterns: Iterable[str], text_field: str = "") -> Iterator[PairTexts]:
+    """Yields the pairs of some inputs; those with an empty text are passed over, and labels are not looked at.
+
+    Args:
+      patterns: the values of --pairs, see `file_shards`.
+      text_field: the dotted paths of the texts of a pair, with commas between them; "": those of a known layout.
+
+    Raises:
+      UserError: a file cannot be read, or a line has no pair; the message names it.
+    """
+    pair = PairFields(tuple(text_field.split(",")) if text_field else (), label="-")  # no field has this name
+    for shard in file_shards(patterns, "", "pairs", pair=pair):
+        for item in itertools.chain.from_iterable(map(sources.read, parts.cut(shard, sys.maxsize))):
+            if isinstance(item, Document) and item.pair and item.pair.positives:
+                texts, first = item.pair.texts, 1 + item.pair.positives
+                yield PairTexts(texts[0], texts[1:first], texts[first:])
+            elif isinstance(item, Document) or item.reason not in schemas.HARMLESS:
+                reason = f"{shard.name}:{item.line}: a pair of one text" if isinstance(item, Document) else f"{item}"
+                raise UserError(f"--pairs: {reason}; --text_field=QUERY,POSITIVE names the fields")
 
 
 def window_bytes(shards: Sequence[Shard]) -> int:

@@ -27,7 +27,8 @@ DOMAIN_FIELDS = (
 )
 MAX_DOMAIN_CHARACTERS = 100  # longer values of a known field are no name of a domain
 UNKNOWN_DOMAIN = "unknown"
-EMPTY_TEXT = "empty text"  # a reason to count a line, but never to fail: nothing is damaged
+EMPTY_TEXT, FEW_NEGATIVES = "empty text", "too few hard negatives"
+HARMLESS = (EMPTY_TEXT, FEW_NEGATIVES)  # reasons to count a line, but never to fail: nothing is damaged
 NO_TEXT = "no text"
 # What a file's name has beside the name of the corpus: numbers of shards, splits, and suffixes.
 _NAME_PARTS = re.compile(
@@ -35,14 +36,29 @@ _NAME_PARTS = re.compile(
 )
 
 
+class Pair(NamedTuple):
+    """The texts of a pair, and what is known of them.
+
+    Attributes:
+      texts: the query, its positives, then its hard negatives.
+      label: of the pair, or NaN.
+      positives: how many positives there are.
+      scores: a teacher's score of each document, NaN for one without; (): there are none.
+    """
+
+    texts: tuple[str, ...]
+    label: float = math.nan
+    positives: int = 1
+    scores: tuple[float, ...] = ()
+
+
 class Content(NamedTuple):
-    """The text and the domain of a document, of a pair also fields and label; or `reason`, why there is no document."""
+    """The text and the domain of a document, and the pair that it stands for; or `reason`, why there is no document."""
 
     text: str
     domain: str
     reason: str = ""
-    fields: tuple[str, ...] = ()
-    label: float = math.nan
+    pair: Pair | None = None
 
 
 def field_of(record: Mapping[str, Any], path: str) -> Any:

@@ -9,7 +9,6 @@ reads; `data.raw.parts` cuts shards into them. No function holds more than one l
 
 import codecs
 import json
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -91,14 +90,13 @@ class Part(NamedTuple):
 
 
 class Document(NamedTuple):
-    """One text, with its domain, shard and line; lines are numbered from 1. A pair also has fields, and a label or NaN."""
+    """One text, with its domain, shard and line; lines are numbered from 1. That of a pair is all its texts."""
 
     text: str
     domain: str
     shard: Shard
     line: int
-    fields: tuple[str, ...] = ()
-    label: float = math.nan
+    pair: schemas.Pair | None = None
 
 
 class Reject(NamedTuple):
@@ -185,7 +183,7 @@ class Reader:
             if content.reason:
                 yield Reject(shard, number, content.reason, domain, lost)
             else:
-                yield Document(content.text, domain, shard, number, content.fields, content.label)
+                yield Document(content.text, domain, shard, number, content.pair)
         if is_empty and part.line == 1 and part.is_last:
             yield Reject(shard, 0, "empty shard", default)
 

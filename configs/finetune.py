@@ -1,0 +1,22 @@
+"""Pairs with mined hard negatives: the second stage of training, after weak pairs or neighbouring spans.
+
+    contrastive-jax mine --model=runs/pairs --pairs=pairs.jsonl --output=mined.jsonl.zst
+    contrastive-jax prepare --pairs=mined.jsonl.zst --tokenizer=runs/pairs --output=data/mined
+    contrastive-jax train --config=configs/finetune.py --config.init_from=runs/pairs --config.data.dir=data/mined --workdir=DIR
+
+A learning rate for a pretrained transformer. We have not measured the recipe yet: no score is claimed.
+"""
+
+from ml_collections import ConfigDict
+
+from contrastive_jax.config import default_config
+
+
+def get_config() -> ConfigDict:
+    config = default_config()
+    config.update(steps=300, log_every=10, eval_every=100, checkpoint_every=100)
+    config.data.update(sampler="fields", batch_size=32, views=5, hard_negatives=3, length=128, query_length=48, max_span=126)
+    config.model.max_length = 256
+    config.objective.update(temperature=0.05, temperature_trainable=False, symmetric=False)
+    config.optim.update(learning_rate=2e-5, schedule="linear", warmup_steps=30)
+    return config
