@@ -4,7 +4,7 @@
     contrastive-jax prepare --pairs=mined.jsonl.zst --tokenizer=runs/pairs --output=data/mined
     contrastive-jax train --config=configs/finetune.py --config.init_from=runs/pairs --config.data.dir=data/mined --workdir=DIR
 
-A learning rate for a pretrained transformer. We have not measured the recipe yet: no score is claimed.
+The learning rate is one for pretrained weights. The recipe was not measured: we claim no score.
 """
 
 from ml_collections import ConfigDict

@@ -76,6 +76,7 @@ def write_dataset(
         store.write_index(root, split, indexes)
     manifest = {"format": FORMAT, "window": 96, "vocab_size": VOCAB, "reserved": RESERVED, "content_hash": f"test{seed}"}
     manifest |= {"domains": list(domains), "splits": {split: {} for split in sizes}, **more}
+    manifest |= {"numbers": ["label", "positives", "hard_negatives"]} if "fields" in more else {}
     (root / "manifest.json").write_text(json.dumps(manifest))
     return root
 

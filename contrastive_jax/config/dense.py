@@ -16,7 +16,7 @@ class Dense(NamedTuple):
 
 def dense_layers(model: Mapping[str, Any]) -> dict[str, Dense]:
     """Returns the layers of a `config.model`, first to last, by the names of their parameters."""
-    config = ConfigDict(model)
+    config = ConfigDict(model)  # a folder's values are a plain dict
     if config.embedding_dim:
         return {"projection": Dense(config.embedding_dim, "identity", config.bias)}
     return {f"dense_{number}": Dense(*layer) for number, layer in enumerate(config.dense)}

@@ -84,8 +84,8 @@ KEYS = {
     "data.max_span": Key(62, at_least(1)),
     "data.min_gap": Key(0, at_least(0)),
     "data.max_gap": Key(0, at_least(0)),
-    # How many views are cut: neighbours; an anchor and its positives ("declutr"); or the first texts of a pair ("fields"), of
-    # which those of more than max_span tokens lose their end.
+    # How many views are cut: neighbours; an anchor and its positives ("declutr"); or the texts taken of a pair ("fields"), its
+    # query, positives and hard negatives, of which those of more than max_span tokens lose their end.
     "data.views": Key(2, at_least(1)),
     # fields: how many of the views are hard negatives, the last ones: keys that are wrong for their anchor and for all others.
     # Of a pair with more positives or hard negatives, others are drawn in each step.

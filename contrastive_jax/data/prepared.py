@@ -285,6 +285,7 @@ def load_manifest(directory: epath.PathLike) -> dict[str, Any]:
         "content_hash": hashlib.sha256(" ".join(hashes).encode()).hexdigest(),
         "fields": min(manifest.get("fields", 0) for manifest in manifests),
         "hard_negatives": min(manifest.get("hard_negatives", 0) for manifest in manifests),
+        "numbers": [name for name in first.get("numbers", []) if all(name in m.get("numbers", []) for m in manifests)],
         "sources": {name: source for manifest in manifests for name, source in manifest.get("sources", {}).items()},
         "labels": label_range(manifest.get("labels", []) for manifest in manifests),
     }
@@ -322,6 +323,8 @@ def _load_manifest(root: epath.Path, directory: epath.PathLike) -> dict[str, Any
         )
     if manifest["format"] != FORMAT:
         raise UserError(f"{path}: format {manifest['format']}, but this version reads {FORMAT}; prepare the data again")
+    if manifest.get("fields") and "numbers" not in manifest:
+        raise UserError(f"{path}: pairs of an earlier version, without the numbers of each; prepare the data again")
     return manifest
 
 

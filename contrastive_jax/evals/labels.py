@@ -56,9 +56,7 @@ class LabelledPairs:
         config, manifest = self._config, self._records.manifest
         whole = self._records.read_records(record)
         texts = pieces.texts_of_pairs(whole, manifest["reserved"]["eos"])
-        first = np.zeros(
-            (len(record), config.views - 1), np.float32
-        )  # the first of its positives and negatives, in their order
+        first = np.zeros((len(record), config.views - 1), np.float32)  # as draws, these choose the first texts of each kind
         begin, size = spans_lib.cut_texts(texts, spans_lib.choose_texts(config, texts, first), config)
         delimiters = views.delimiter_ids(manifest, config.views) if config.delimiters else None
         cut = views.make_views(whole.tokens, begin, size, config.length, delimiters, config.pack_pairs, config.pack_rows)

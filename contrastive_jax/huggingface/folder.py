@@ -274,7 +274,7 @@ def write_folder(
         for number, (kind, path) in enumerate(parts)
     ]
     weights.write_json(folder / "modules.json", modules)
-    default = "query" if prompts else None
+    default = "query" if "query" in prompts else None
     views = {"prompts": dict(prompts), "default_prompt_name": default, "similarity_fn_name": "cosine"}
     weights.write_json(folder / "config_sentence_transformers.json", {"model_type": "SentenceTransformer"} | views)
 

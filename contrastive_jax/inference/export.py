@@ -78,7 +78,12 @@ def write(model: text_model.TextModel, config: ConfigDict, folder: pathlib.Path,
         views = VIEWS if view == "both" else (view,)
     by_prompt = len(views) > 1 and isinstance(tokenizer, tokenizer_lib.Tokenizer)
     own = model.tokenize_views.own_prompts if isinstance(model.tokenize_views, RunTokenize) else {}
-    prompts = {name: fast_tokenizer.PROMPTS[name] + own.get(name, "") for name in VIEWS} if by_prompt else dict(own)
+    if view != "both":  # whatever a text is called, it is taken as that
+        own = dict.fromkeys(VIEWS, own[view]) if view in own else {}
+    prompts = dict(own)
+    if by_prompt:  # another name than those of the views ends in that of its view
+        marks = {name: fast_tokenizer.PROMPTS[name.rpartition("_")[2]] for name in (*VIEWS, *own)}
+        prompts = {name: mark + own.get(name, "") for name, mark in marks.items()}
     if by_prompt and model.pooling == "eos":
         logging.warning(
             "texts of more than %d tokens will lose the closing delimiter, from which this model's vectors are taken; "

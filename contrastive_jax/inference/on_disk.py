@@ -4,7 +4,6 @@ Dimensions: n texts, m rows of a block, e embedding.
 """
 
 import array
-import hashlib
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ import numpy as np
 from etils import epath
 
 from contrastive_jax.config import UserError
+from contrastive_jax.data.raw import by_id
 from contrastive_jax.files import listing
 from contrastive_jax.inference.text_model import TextModel
 from contrastive_jax.runtime.progress import Progress
@@ -23,7 +23,7 @@ BLOCK = 16384  # vectors in memory at once
 
 def hash_text(text: str) -> int:
     """Returns a hash of 64 bits: among 100 million texts, the chance that any two differ and share it is one in 4,000."""
-    return int.from_bytes(hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest(), "little")
+    return by_id.hash_of(text.encode(errors="replace"))
 
 
 def loosely(text: str) -> str:

@@ -3,7 +3,7 @@
 Dimensions: b pairs, v views, k = v - 1 documents of a pair, n = b v rows, e and f the widths of the embeddings.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from contrastive_jax.config import UserError
 from contrastive_jax.objectives.labels import mean_where
-from contrastive_jax.objectives.objective import NOTHING, Given, Metrics, Objective, PairIds, Params
+from contrastive_jax.objectives.objective import NOTHING, Given, Metrics, Objective, PairIds, Params, losses_of
 from contrastive_jax.objectives.tiles import MASKED
 
 SCALE = 100.0
@@ -31,6 +31,21 @@ def mean_square(v: jax.Array, t: jax.Array) -> jax.Array:
     """
     squares = [jnp.square(gram(x, y)).sum() for x, y in ((v, v), (v, t), (t, t))]
     return (squares[0] - 2 * squares[1] + squares[2]) / len(v) ** 2
+
+
+def check_scores(config: ConfigDict, numbers: Sequence[str]) -> None:
+    """Checks that the data has the scores that the objective of the run learns from.
+
+    Args:
+      config: of the run.
+      numbers: what the data has of each pair, "numbers" of the manifest.
+
+    Raises:
+      UserError: it has none.
+    """
+    for name in sorted(losses_of(config.objective) & set(SCORED)):
+        if "scores" not in numbers:
+            raise UserError(f"config.objective: {name!r}: the pairs of config.data.dir={config.data.dir} have no scores")
 
 
 def check_target(config: ConfigDict, name: str) -> None:

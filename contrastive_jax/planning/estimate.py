@@ -24,7 +24,7 @@ from contrastive_jax.objectives.losses import LOSSES
 from contrastive_jax.planning import program as program_lib
 from contrastive_jax.planning.hardware import Target
 from contrastive_jax.planning.program import Collective, Instruction, Program
-from contrastive_jax.training.views import views_with_targets
+from contrastive_jax.training.views import cut_tokens, views_with_targets
 
 # Names of custom calls in TPU programs that only mark something and take no time.
 MARKERS = ("AsyncCollective", "ConcatBitcast", "AllocateBuffer", "Sharding", "AssumeGather", "SliceId")
@@ -274,8 +274,7 @@ def model_flops(config: Any, params: Any, views: int) -> tuple[float, str]:
     blocks = params["transformer"].get("blocks", {})
     weights = sum(math.prod(leaf.shape) for leaf in leaves_named(blocks, "kernel"))
     length, rows = data.length * (2 if data.join else 1), 1 if data.join == "next" else views
-    shorter = data.length - data.query_length if data.query_length else 0
-    tokens = data.batch_size // data.pack_pairs * (data.pack_rows * rows * length - shorter)
+    tokens = data.batch_size // data.pack_pairs * (data.pack_rows * rows * length - cut_tokens(data))
     attention = 12 * model.num_layers * model.num_heads * model.head_dim * length * (model.mixer == "attention")
     width = vector_size(model)
     total = tokens * (6.0 * weights + attention)

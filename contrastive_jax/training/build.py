@@ -216,7 +216,7 @@ def build(
     state, batch_sharding = jax.eval_shape(init_state), NamedSharding(mesh, sharding.BATCH)
     placement = state_shardings(state, model.shardings, optimizer, memory.shardings(teacher.shardings, batch_sharding), mesh)
     train_step = step_lib.make_train_step(
-        make_views, encode, objective, memory, optimizer, config.seed, config.tokens.weight, cut_tokens(config.data)
+        make_views, encode, objective, memory, optimizer, config.seed, config.tokens.weight, views.cut_tokens(config.data)
     )
     return Run(
         mesh=mesh,
@@ -281,14 +281,9 @@ def micro_batch_pairs(config: ConfigDict, mesh: Mesh) -> int:
     return tokens // minimum * multiple
 
 
-def cut_tokens(data: ConfigDict) -> int:
-    """Returns the padding of a query's row that the encoder does not see; `data` is `config.data`."""
-    return data.length - data.query_length if data.query_length else 0
-
-
 def row_tokens(data: ConfigDict) -> int:
     """Returns the tokens of one row of each view, as the encoder sees them; `data` is `config.data`."""
-    return views.view_count(data) * data.length - cut_tokens(data)
+    return views.view_count(data) * data.length - views.cut_tokens(data)
 
 
 def of_views(tree: Any, chosen: list[int], shape: tuple[int, int, int]) -> Any:

@@ -22,7 +22,7 @@ from contrastive_jax import files
 from contrastive_jax.config import UserError
 from contrastive_jax.data import pipeline, prepared, tokenizer
 from contrastive_jax.data.batch import Batch
-from contrastive_jax.objectives import labels
+from contrastive_jax.objectives import distillation, labels
 from contrastive_jax.runtime import checkpoint, digest, processes, sharding
 from contrastive_jax.runtime.peers import Peers
 from contrastive_jax.training import build as build_lib
@@ -94,6 +94,7 @@ def set_up(
     records = prepared.open_split(config.data.dir, "train", config.data.cache_dir, config.data.cache_gb)
     stream = pipeline.open_stream(records, config.data, config.seed)
     labels.check_labels(config, manifest.get("labels", []))
+    distillation.check_scores(config, manifest.get("numbers", []))
     if config.keep_best and not config.eval_every:
         raise UserError(f"config.keep_best={config.keep_best}: there are no scores with config.eval_every=0")
     evaluate = make_evaluate(config, run) if config.eval_every and make_evaluate else None

@@ -57,6 +57,11 @@ def view_count(config: ConfigDict) -> int:
     return spans.make_sampler(config).views * config.copies
 
 
+def cut_tokens(config: ConfigDict) -> int:
+    """Returns the padding of a query's row that the encoder does not see; `config` is `config.data`."""
+    return config.length - config.query_length if config.query_length else 0
+
+
 def views_with_targets(config: ConfigDict, count: int) -> list[int]:
     """Returns which of the first `count` views may have tokens to predict: those with noise, and all in a language model."""
     noised = config.noise.views if config.noise.ops and not config.data.join and config.tokens.name not in NEXT_TOKEN else ()

@@ -2,18 +2,22 @@
 
 import json
 import pathlib
+import shutil
 from collections import Counter
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from conftest import recipe, shrink
+from etils import epath
 from test_pairs import write
 
 from contrastive_jax.config import UserError, default_config
 from contrastive_jax.data import pipeline, prepared, spans, tokenizer
 from contrastive_jax.data.preparation import prepare
 from contrastive_jax.data.raw import by_id
+from contrastive_jax.training import loop
 
 QUERIES = [f"how many cats, {i}" for i in range(60)]
 POSITIVES = [[f"answer {i} {j}" for j in range(1 + i % 2)] for i in range(60)]
@@ -99,7 +103,7 @@ def lists(folder: pathlib.Path, name: str = "scored.jsonl") -> pathlib.Path:
 
 def test_positives_and_negatives_are_drawn_with_their_scores(tmp_path: pathlib.Path) -> None:
     manifest = prepare.prepare(tmp_path / "out", pairs=str(lists(tmp_path)), **PLAIN)
-    assert (manifest["fields"], manifest["hard_negatives"]) == (5, 3)
+    assert (manifest["fields"], manifest["hard_negatives"]) == (5, 3) and manifest["numbers"][-1] == "scores"
     config, words = default_config().data, tokenizer.load(tmp_path / "out")
     config.update(dir=str(tmp_path / "out"), batch_size=16, length=64, max_span=62, sampler="fields", views=4, hard_negatives=2)
     records, drawn = prepared.open_split(config.dir, "train"), Counter()
@@ -131,6 +135,19 @@ def test_positives_and_negatives_are_drawn_with_their_scores(tmp_path: pathlib.P
         config.update(changes)
         with pytest.raises(UserError, match=message):
             pipeline.open_stream(records, config, 0)
+
+
+def test_pairs_without_scores_or_of_an_earlier_version_are_refused(tmp_path: pathlib.Path, dataset: pathlib.Path) -> None:
+    config = shrink(recipe("finetune"), dataset)
+    config.objective.extra = (("kl", 1.0),)
+    with pytest.raises(UserError, match=r"config.objective: 'kl': the pairs of config.data.dir=.* have no scores"):
+        loop.set_up(config, epath.Path(tmp_path / "run"))
+    old = shutil.copytree(dataset / "pairs", tmp_path / "old")
+    manifest = json.loads((old / "manifest.json").read_text())
+    del manifest["numbers"]
+    (old / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"manifest.json: pairs of an earlier version, .*; prepare the data again"):
+        prepared.load_manifest(old)
 
 
 def test_numbers_are_drawn_without_repeats_and_each_set_equally() -> None:

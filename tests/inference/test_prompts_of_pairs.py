@@ -32,6 +32,9 @@ def test_all_sides_send_the_ids_that_training_saw(dataset: pathlib.Path, tmp_pat
     model = text_model.load(str(tmp_path / "run"))
     export.export(model, tmp_path / "out")
     theirs = st.SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    export.export(model, tmp_path / "documents", "document")
+    alone = st.SentenceTransformer(str(tmp_path / "documents"), device="cpu")
+    assert alone.prompts[alone.default_prompt_name] == alone.prompts["document"] == "a text: "
     found = 0
     for row in ROWS:
         for view, key in (("query", "query"), ("document", "document")):

@@ -9,10 +9,10 @@ import pytest
 from conftest import recipe
 from etils import epath
 
+from contrastive_jax.config.dense import vector_size
 from contrastive_jax.data import pipeline, prepared
 from contrastive_jax.data.preparation import prepare
 from contrastive_jax.huggingface import weights
-from contrastive_jax.models import encoder as encoder_lib
 from contrastive_jax.objectives import registry
 from contrastive_jax.runtime import checkpoint, sharding
 from contrastive_jax.training import build, loop, views
@@ -50,7 +50,7 @@ def test_a_batch_with_three_hard_negatives_on_minilm_has_their_loss_and_gradient
 
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     encode = build.make_encode(setup.run.encoder, setup.config, mesh)
-    objective = registry.make_objective(setup.config, 5, encoder_lib.vector_size(setup.config.model))
+    objective = registry.make_objective(setup.config, 5, vector_size(setup.config.model))
     rows, ids = views.make_views(setup.config, Vocabulary(0, {}))(jax.tree.map(jnp.asarray, batch), jax.random.key(0))
 
     def loss(encoder: dict) -> jax.Array:

@@ -146,7 +146,8 @@ def make_manifest(
 def describe_pairs(shards: Sequence[Shard], written: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Returns the manifest's entries on pairs: how many texts each has at least, and the lowest and the highest label.
 
-    Of "fields" texts some are hard negatives. "sources" has what training and exports need to know of each domain.
+    Of "fields" texts some are hard negatives. "numbers" says what is stored of each pair, with "scores" if any pair has them.
+    "sources" has what training and exports need to know of each domain.
 
     Args:
       shards: the files of the input.
@@ -163,7 +164,9 @@ def describe_pairs(shards: Sequence[Shard], written: Iterable[Mapping[str, Any]]
         if shard.domain and shard.pair
     }
     labels = label_range(of_split["labels"] for of_split in of_shards)
-    return {"fields": 1 + positives + negatives, "hard_negatives": negatives, "labels": labels, "sources": sources}
+    numbers = ["label", "positives", "hard_negatives"] + ["scores"] * any(of_split["scored"] for of_split in of_shards)
+    entries = {"fields": 1 + positives + negatives, "hard_negatives": negatives, "labels": labels}
+    return entries | {"numbers": numbers, "sources": sources}
 
 
 def tfds_features(vocab_size: int, has_numbers: bool) -> str:

@@ -95,6 +95,7 @@ class PairCounts:
     def __init__(self) -> None:
         self._labels = array.array("f")
         self._fewest: tuple[int, int] | None = None  # positives and hard negatives
+        self._scored = False
 
     def add(self, record: Record) -> None:
         """Counts a record; one of a document has no part in it."""
@@ -104,13 +105,14 @@ class PairCounts:
         fewest = self._fewest or (int(positives), int(negatives))
         self._fewest = min(fewest[0], int(positives)), min(fewest[1], int(negatives))
         self._labels.extend([] if math.isnan(label) else [label])
+        self._scored |= len(record.numbers) > 3
 
     def described(self) -> dict[str, Any]:
-        """Returns the lowest and the highest label, and the fewest positives and hard negatives of a pair; {}: no pairs."""
+        """Returns the range of labels, the fewest positives and hard negatives, and if there are scores; {}: no pairs."""
         if self._fewest is None:
             return {}
         labels = [min(self._labels), max(self._labels)] if self._labels else []
-        return {"labels": labels, "positives": self._fewest[0], "hard_negatives": self._fewest[1]}
+        return {"labels": labels, "positives": self._fewest[0], "hard_negatives": self._fewest[1], "scored": self._scored}
 
 
 def text_pieces(text: str) -> Iterator[str]:

@@ -25,7 +25,7 @@ NAMES = ("texts.bin", "hash.npy", "place.npy")
 
 
 def hash_of(identifier: bytes) -> int:
-    """Returns the 64-bit hash of an id."""
+    """Returns the 64-bit hash of an id, or of another text."""
     return int.from_bytes(hashlib.blake2b(identifier, digest_size=8).digest(), "little")
 
 
