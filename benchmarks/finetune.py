@@ -1,19 +1,19 @@
 """Fine-tunes MiniLM on questions and passages with mined hard negatives, beside the same run by sentence-transformers.
 
-  python -m benchmarks.finetune --pairs=BOOLQ/train.jsonl --held_out=BOOLQ/dev.jsonl --text_field=hypothesis,premise --seeds=0,1,2
+  python -m benchmarks.finetune --pairs=BOOLQ/train.jsonl --held_out=BOOLQ/dev.jsonl --text_field=hypothesis,premise
 
-Mines hard negatives of the pairs with all-MiniLM-L6-v2 itself, trains configs/finetune.py from it, and scores the search for the
-held-out passages by their questions (all passages of that file are the corpus). The rival is sentence-transformers' own trainer
-with its MultipleNegativesRankingLoss on the same mined file: the same batch, steps, lengths, rate, schedule and temperature, its
-own order of batches. Both train with dropout 0.1. Writes OUTPUT/finetune.md. `pip install .[benchmark]` first. It takes about
+Mines hard negatives of the pairs with all-MiniLM-L6-v2 itself, trains configs/finetune.py from it, and scores the search for
+the held-out passages by their questions; all passages of that file are the corpus. The rival is sentence-transformers' own
+trainer with its MultipleNegativesRankingLoss on the same mined file: the same batch, steps, lengths, rate, schedule,
+temperature and dropout, its own order of batches. Writes OUTPUT/finetune.md. `pip install .[benchmark]` first. It takes about
 7 minutes per seed and side on two free cores; a row that is done is kept, so that the same command goes on.
 """
 
+import functools
 import json
 import pathlib
 import time
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from absl import app, flags, logging
@@ -38,7 +38,8 @@ RATE = flags.DEFINE_float("rate", 2e-5, "The highest learning rate.")
 LENGTH = flags.DEFINE_integer("length", 128, "Tokens of a passage in training; questions have 32.")
 
 QUERY_LENGTH, NEGATIVES, TEMPERATURE, DROPOUT = 32, 1, 0.05, 0.1
-Encode = Callable[[list[str]], np.ndarray]
+FULL_LENGTH = 256  # tokens of a text in the search; MiniLM's own limit
+Encode = Callable[..., np.ndarray]  # n texts, and their view → [n e]
 
 
 def write_search(folder: pathlib.Path) -> None:
@@ -54,7 +55,7 @@ def write_search(folder: pathlib.Path) -> None:
         (folder / name).write_text("\n".join(lines) + "\n")
 
 
-def search(encode: Callable[..., np.ndarray], folder: pathlib.Path) -> float:
+def search(encode: Encode, folder: pathlib.Path) -> float:
     """Returns nDCG@10 in percent of a function of texts."""
     return 100 * retrieval.score_encoder(encode, epath.Path(folder))["test"]["ndcg@10"]
 
@@ -68,8 +69,8 @@ def prepare(folder: pathlib.Path, model: str) -> None:
     contrastive_jax.prepare(folder / "data", pairs=str(mined), tokenizer=f"hf:{model}", validation_fraction=0.01)
 
 
-def train_ours(folder: pathlib.Path, model: str, seed: int) -> contrastive_jax.inference.text_model.TextModel:
-    """Trains the recipe; returns the model."""
+def train_ours(folder: pathlib.Path, model: str, seed: int) -> Encode:
+    """Trains the recipe; returns the model's function of texts."""
     config = common.load_recipe("finetune")
     config.update(init_from=f"hf:{model}", seed=seed, steps=STEPS.value, eval_every=0, checkpoint_every=0)
     config.data.update(dir=str(folder / "data"), batch_size=BATCH.value, hard_negatives=NEGATIVES, views=2 + NEGATIVES)
@@ -78,11 +79,11 @@ def train_ours(folder: pathlib.Path, model: str, seed: int) -> contrastive_jax.i
     config.objective.temperature = TEMPERATURE
     config.optim.update(learning_rate=RATE.value, warmup_steps=STEPS.value // 10)
     contrastive_jax.train(config, folder / f"ours{seed}")
-    return contrastive_jax.load(str(folder / f"ours{seed}"))
+    return contrastive_jax.load(str(folder / f"ours{seed}")).encode
 
 
-def train_theirs(folder: pathlib.Path, model: str, seed: int) -> Any:
-    """Trains the same with sentence-transformers; returns the model."""
+def train_theirs(folder: pathlib.Path, model: str, seed: int) -> Encode:
+    """Trains the same with sentence-transformers; returns the model's function of texts."""
     from datasets import Dataset
     from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
@@ -111,8 +112,8 @@ def train_theirs(folder: pathlib.Path, model: str, seed: int) -> Any:
         train_dataset=Dataset.from_dict({name: list(values) for name, values in columns}),
         loss=MultipleNegativesRankingLoss(trained, scale=1 / TEMPERATURE),
     ).train()
-    trained.max_seq_length = 256
-    return trained
+    trained.max_seq_length = FULL_LENGTH
+    return lambda texts, *_: trained.encode(texts, normalize_embeddings=True, show_progress_bar=False)
 
 
 def main(argv: list[str]) -> None:
@@ -124,11 +125,12 @@ def main(argv: list[str]) -> None:
     stored = common.open_results(folder / "results.json", protocol)
     write_search(folder / "search")
     prepare(folder, model)
-    sides: dict[str, Callable[[], Encode]] = {"MiniLM": lambda: contrastive_jax.load(f"hf:{model}").encode}
-    for seed in SEEDS.value:
-        sides[f"ours, seed {seed}"] = lambda seed=seed: train_ours(folder, model, int(seed)).encode
-    for seed in RIVAL_SEEDS.value:
-        sides[f"sentence-transformers, seed {seed}"] = lambda seed=seed: _encode(train_theirs(folder, model, int(seed)))
+    trained = {f"ours, seed {seed}": functools.partial(train_ours, folder, model, int(seed)) for seed in SEEDS.value}
+    trained |= {
+        f"sentence-transformers, seed {seed}": functools.partial(train_theirs, folder, model, int(seed))
+        for seed in RIVAL_SEEDS.value
+    }
+    sides = {"MiniLM": lambda: contrastive_jax.load(f"hf:{model}").encode} | trained
     for name, train in sides.items():
         if name not in stored["rows"]:
             begin, cpu = time.perf_counter(), time.process_time()
@@ -140,10 +142,6 @@ def main(argv: list[str]) -> None:
     text = common.table(["model", "nDCG@10", "minutes", "CPU minutes"], rows)
     (folder / "finetune.md").write_text(text)
     print(text)
-
-
-def _encode(model: Any) -> Encode:
-    return lambda texts, *_: model.encode(texts, normalize_embeddings=True, show_progress_bar=False)
 
 
 if __name__ == "__main__":
