@@ -28,6 +28,7 @@ from contrastive_jax.runtime import sharding
 from contrastive_jax.training import build
 
 DTYPES = flags.DEFINE_list("dtypes", ["float32"], "The types of activations: float32, bfloat16.")
+PRODUCTS = flags.DEFINE_list("products", ["float32"], "Our types of products of float32 activations: float32, bfloat16.")
 SHAPES = flags.DEFINE_list("shapes", ["debug", "pile_small", "minilm"], "The shapes to time.")
 STEPS = flags.DEFINE_integer("steps", 7, "Timed steps of each side; the median counts.")
 TEMPERATURE = 0.05
@@ -113,14 +114,19 @@ def torch_stepper(config: ConfigDict, vocab_size: int, tokens: np.ndarray) -> Ca
 def main(argv: list[str]) -> None:
     """Prints a line per shape."""
     del argv
-    print(f"{'shape':<22}{'JAX, pairs/s':>16}{'PyTorch, pairs/s':>18}{'ratio':>8}")
+    print(f"{'shape':<22}{'products':<10}{'JAX, pairs/s':>14}{'PyTorch, pairs/s':>18}{'ratio':>8}")
     for name, dtype in itertools.product(SHAPES.value, DTYPES.value):
         config, vocab_size = make_config(name, dtype), VOCAB_SIZES[name]
         tokens = common.random_tokens(config, vocab_size)
-        steppers = {make: make(config, vocab_size, tokens) for make in (jax_stepper, torch_stepper)}
-        timings = common.time_in_turns({make.__name__: step for make, step in steppers.items()}, STEPS.value)
-        jax_speed, torch_speed = (config.data.batch_size / timings[make.__name__].median for make in steppers)
-        print(f"{f'{name} {dtype}':<22}{jax_speed:>16.1f}{torch_speed:>18.1f}{jax_speed / torch_speed:>8.2f}", flush=True)
+        sides = {"PyTorch": torch_stepper(config, vocab_size, tokens)}
+        for products in PRODUCTS.value:
+            config.model.products = products
+            sides[products] = jax_stepper(config, vocab_size, tokens)
+        timings = common.time_in_turns(sides, STEPS.value)
+        speed = {side: config.data.batch_size / timing.median for side, timing in timings.items()}
+        for products in PRODUCTS.value:
+            ours, theirs = speed[products], speed["PyTorch"]
+            print(f"{f'{name} {dtype}':<22}{products:<10}{ours:>14.1f}{theirs:>18.1f}{ours / theirs:>8.2f}", flush=True)
 
 
 if __name__ == "__main__":

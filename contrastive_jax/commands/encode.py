@@ -28,6 +28,7 @@ def define_flags() -> None:
     flags.DEFINE_string("output", None, "The .npy to write; local, gs:// or s3://.", required=True)
     kinds = ["float32", "float16", "int8", "binary"]
     flags.DEFINE_enum("dtype", kinds[0], kinds, "Type of the vectors; int8: round(127 x); binary: one bit per sign, packed.")
+    flags.DEFINE_enum("precision", None, list(text_model.PRECISIONS), text_model.PRECISION_HELP)
     flags.DEFINE_integer("dim", None, "Keep this many first coordinates, rescaled to unit length (Matryoshka).", lower_bound=1)
     flags.DEFINE_integer("max_tokens", None, "Truncate texts to this many tokens; default: as the model says.", lower_bound=1)
     flags.DEFINE_string(
@@ -45,5 +46,5 @@ def main(arguments: list[str]) -> None:
     shard = encode_file.parse_shard(values.shard)
     with cli.joined_processes():
         processes.enable_compilation_cache()
-        model = text_model.load(values.model, values.max_tokens)
+        model = text_model.load(values.model, values.max_tokens, values.precision)
         encode_file.encode_file(model, source, target, values.dtype, values.dim, values.view, shard)

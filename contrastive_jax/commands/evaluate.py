@@ -30,6 +30,7 @@ from contrastive_jax.commands import cli
 from contrastive_jax.config import UserError
 from contrastive_jax.evals import mteb, run
 from contrastive_jax.evals.task import Options
+from contrastive_jax.inference import text_model
 from contrastive_jax.runtime import processes
 
 POSITIONAL = True
@@ -45,6 +46,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("pairs", None, "Pairs of the query-key test; by default as in training.", lower_bound=1)
     flags.DEFINE_integer("span", None, "Tokens per span of the query-key test; by default as in training.", lower_bound=1)
     flags.DEFINE_integer("max_tokens", None, "Truncate texts to this many tokens; by default as the model says.", lower_bound=1)
+    flags.DEFINE_enum("precision", None, list(text_model.PRECISIONS), text_model.PRECISION_HELP)
     flags.DEFINE_bool("baselines", False, "Also score chance, TF-IDF, BM25 and the untrained encoder on the same data.")
     flags.DEFINE_string("cache", f"{files.cache_folder()}/vectors.sqlite", "Keeps vectors of texts, locally; empty: keep none.")
     flags.DEFINE_string("compare", None, "A.json B.json: show results side by side; nothing is evaluated.")
@@ -52,9 +54,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("seeds", default.seeds, "Fine-tunings (glue), each with its own seed.", lower_bound=1)
     flags.DEFINE_bool("joined", default.joined, "Fine-tune on rows of both texts, the second one first (glue).")
     flags.DEFINE_string("mteb", ",".join(default.mteb), "MTEB's names of its tasks or benchmarks (mteb).")
-    flags.DEFINE_string(
-        "mteb_results", "", "A folder for results as MTEB writes them (mteb); by default WORKDIR/mteb of a run."
-    )
+    flags.DEFINE_string("mteb_results", "", "A folder for results as MTEB writes them (mteb); default: WORKDIR/mteb of a run.")
     cli.define_processes()
     flags.DEFINE_bool("any_protocol", False, "Let --compare show results that were measured differently.")
 
@@ -72,9 +72,9 @@ def main(arguments: list[str]) -> None:
     if files.on_bucket(values.cache):
         raise UserError(f"--cache={values.cache}: SQLite needs a local file; give one, or --cache= to keep no vectors")
     cache = pathlib.Path(values.cache).expanduser() if values.cache else None
-    names = mteb.split_names(values.mteb)
-    results = values.mteb_results
-    options = Options(values.pairs, values.span, values.epochs, values.seeds, values.joined, names, results, cache)
+    of_tasks = values.pairs, values.span, values.epochs, values.seeds, values.joined
+    options = Options(*of_tasks, mteb.split_names(values.mteb), values.mteb_results, cache)
     with cli.joined_processes():
         processes.enable_compilation_cache()
-        run.evaluate_model(values.model, values.tasks, values.data, options, values.baselines, values.output, values.max_tokens)
+        limits = values.max_tokens, values.precision
+        run.evaluate_model(values.model, values.tasks, values.data, options, values.baselines, values.output, *limits)

@@ -199,6 +199,9 @@ KEYS = {
     "model.scan": Key(True),
     # Type of activations and matrix products; parameters, norms and softmax stay float32.
     "model.dtype": Key("float32", choice("float32", "bfloat16")),
+    # Type to which the factors of the linear maps' products are rounded where activations are float32. Products in bfloat16
+    # with sums in float32 are what a TPU computes by default; a CPU with AVX512-BF16 or AMX is faster at them.
+    "model.products": Key("float32", choice("float32", "bfloat16")),
     # A loss of pairs, without negatives ("simsiam", "byol"), or of labels: classes ("softmax") or scores ("cosent", "cosine").
     # Of a target (memory.kind): the cosines in a batch follow its cosines ("similarity"), or each embedding its embedding
     # ("embedding"). Of a teacher's scores of a pair's documents: "margin_mse", "kl". Also the names of objective.extra.

@@ -12,7 +12,7 @@ from contrastive_jax.config import UserError
 
 Rows = dict[str, dict[str, float]]  # row → measure → fraction; a baseline's rows are named "BASELINE: ROW"
 # Keys of a protocol that identify or describe a model; they do not say how it was measured.
-IDENTITY = ("model", "step", "parameters", "code", "truncated")
+IDENTITY = ("model", "step", "precision", "parameters", "code", "truncated")
 ABSENT = "absent"  # shown for a key that a protocol does not have
 # Baselines of the query-key test in results of older versions; every other name in them was the model's.
 OLDER_BASELINES = ("chance", "TF-IDF", "BM25", "untrained")

@@ -75,6 +75,7 @@ def evaluate_model(
     with_baselines: bool = False,
     output: str | None = None,
     max_tokens: int | None = None,
+    precision: str | None = None,
 ) -> None:
     """Scores a model on tasks and prints a table for each; writes each result as JSON. Every process must call it.
 
@@ -86,6 +87,7 @@ def evaluate_model(
       with_baselines: whether to score the baselines of each task on the same data.
       output: the file for the result, of a single task; None: `result_path` decides, and only results of runs are written.
       max_tokens: the longest text in tokens; None: as long as the model says.
+      precision: see `text_model.load`.
 
     Raises:
       UserError: a task is unknown, an argument does not fit the others, or the model or the data cannot be read.
@@ -99,7 +101,7 @@ def evaluate_model(
         transfer.check_output(target)
     if jax.process_count() > 1:
         options = options._replace(cache=None)  # each process would find other vectors in its own
-    model = text_model.load(name, max_tokens)
+    model = text_model.load(name, max_tokens, precision)
     for task, folder in assigned:
         rows, protocol = score_task(model, task, folder, options, with_baselines)
         processes.check_agreement(**{f"protocol of {task.name}": json.dumps(protocol)})

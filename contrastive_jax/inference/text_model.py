@@ -35,6 +35,9 @@ from contrastive_jax.runtime.model_name import ModelName, parse_model_name, read
 from contrastive_jax.runtime.progress import Progress
 from contrastive_jax.runtime.randomness import step_key
 
+PRECISIONS = ("float32", "bfloat16", "int8")
+PRECISION_HELP = "Types of the matrix products; those of rounded factors are faster. Default: as the model was trained."
+
 
 @dataclasses.dataclass(frozen=True)
 class TextModel:
@@ -76,6 +79,12 @@ class TextModel:
         return self.model_config.pooling
 
     @property
+    def precision(self) -> str:
+        """The type of the factors of matrix products, one of PRECISIONS."""
+        model = self.model_config
+        return model.dtype if model.products == "float32" else model.products
+
+    @property
     def dim(self) -> int:
         """The size e of the vectors."""
         return vector_size(self.model_config)
@@ -114,6 +123,7 @@ class TextModel:
             {"model": self.name}
             | ({} if self.step is None else {"step": self.step})
             | ({"include_prompt": False} if leaves_out else {})
+            | ({} if self.precision == "float32" else {"precision": self.precision})
             | {
                 "pooling": self.pooling,
                 "prompts": self.prompts,
@@ -195,7 +205,7 @@ class TextModel:
         return dataclasses.replace(self, params=initial, step=0, truncation=TruncationCount())
 
 
-def load(name: str, max_tokens: int | None = None) -> TextModel:
+def load(name: str, max_tokens: int | None = None, precision: str | None = None) -> TextModel:
     """Loads a model.
 
         model = load("runs/debug@best")
@@ -204,18 +214,34 @@ def load(name: str, max_tokens: int | None = None) -> TextModel:
       name: a workdir, WORKDIR@STEP, WORKDIR@best, an exported folder, or hf:FOLDER; each local, on gs:// or on s3://.
       max_tokens: the longest text in tokens; None: as long as the model says (config.model.max_length of a run). Learned
         positions have an end; bags of embeddings and rotary positions take any length.
+      precision: one of PRECISIONS; None: as the model was trained, and float32 of a folder.
 
     Raises:
       UserError: there is no such model, or it has fewer positions than `max_tokens`; the message says what to give.
     """
     parsed = parse_model_name(name)
-    return load_run(parsed, max_tokens) if parsed.is_run else load_folder(parsed.folder, max_tokens)
+    return load_run(parsed, max_tokens, precision) if parsed.is_run else load_folder(parsed.folder, max_tokens, precision)
 
 
-def load_run(name: ModelName, max_tokens: int | None = None) -> TextModel:
+def set_precision(model_config: ConfigDict, precision: str | None) -> None:
+    """Sets the types with which a model computes: of its products alone on CPU, elsewhere of its activations too.
+
+    A CPU is no faster at anything but products in bfloat16, and rounding its activations costs more than it saves.
+
+    Args:
+      model_config: `config.model`, which is changed.
+      precision: see `load`.
+    """
+    if precision:
+        model_config.products = precision
+        model_config.dtype = "float32" if precision == "float32" or jax.default_backend() == "cpu" else "bfloat16"
+
+
+def load_run(name: ModelName, max_tokens: int | None = None, precision: str | None = None) -> TextModel:
     """Loads a checkpoint of a training run; see `load`."""
     workdir = name.folder
     config = load_run_config(workdir)
+    set_precision(config.model, precision)
     step, all_params = read_params(name, functools.partial(shardings_on_all_devices, config.model))
     params = all_params["encoder"]
     encoder, forward_with = make_encoder_on_all_devices(config.model, params)
@@ -233,12 +259,13 @@ def load_run(name: ModelName, max_tokens: int | None = None) -> TextModel:
     )
 
 
-def load_folder(folder: epath.PathLike, max_tokens: int | None = None) -> TextModel:
+def load_folder(folder: epath.PathLike, max_tokens: int | None = None, precision: str | None = None) -> TextModel:
     """Loads a Hugging Face or sentence-transformers folder; see `load`.
 
     Args:
       folder: the folder, local or on a bucket.
       max_tokens: the longest text in tokens, a longer one is truncated; None: the limit that the folder's files state.
+      precision: see `load`.
 
     Raises:
       UserError: the folder has no such model, or the model has fewer learned positions than `max_tokens`.
@@ -252,6 +279,7 @@ def load_folder(folder: epath.PathLike, max_tokens: int | None = None) -> TextMo
     # Plain attention takes rows of any length on every device; the kernels do not.
     # A prompt that is not pooled is the second part of a joined row (`TextModel.encode_rows`): each part sees the other.
     model_config.update({"max_length": settings.max_tokens} | imported.model, attention="plain", part_mask="full")
+    set_precision(model_config, precision)
     encoder, forward_with = make_encoder_on_all_devices(model_config, imported.params, joined=not modules.include_prompt)
     return TextModel(
         name=f"hf:{folder}",

@@ -64,6 +64,9 @@ class Norm(nnx.Module):
 class Linear(nnx.Module):
     """A linear map in the type of its input: y[n l out] = x[n l in] · kernel[in out] (+ bias[out]).
 
+    With `config.products` "bfloat16" the factors of the product of float32 states, and of its gradients, are rounded to it.
+    "int8" is for the forward pass alone.
+
     Args:
       config: `config.model`.
       layout: how parameters lie on the mesh.
@@ -87,7 +90,7 @@ class Linear(nnx.Module):
         bias: bool | None = None,
     ):
         init = kernel_init(config, math.prod(shape[:contract]), init_std)
-        self.contract, self.axes, self.layout = contract, axes, layout
+        self.contract, self.axes, self.layout, self.products = contract, axes, layout, config.products
         self.kernel = parameter(rngs, init, shape, axes)
         has_bias = config.bias if bias is None else bias
         self.bias = parameter(rngs, initializers.zeros, shape[contract:], axes[contract:]) if has_bias else None
@@ -97,5 +100,10 @@ class Linear(nnx.Module):
         kernel = self.layout.gather(self.kernel[...].astype(x.dtype), self.axes)
         # A product with more than two axes would leave its result in a memory layout that attention would have to copy.
         kernel = kernel.reshape(math.prod(kernel.shape[: self.contract]), -1)  # e.g. [d h k] -> [d h·k], [h k d] -> [h·k d]
-        y = x @ kernel
+        if self.products == "int8":
+            y = ops.int8_product(x, kernel)
+        elif self.products == "bfloat16" and x.dtype == jnp.float32:
+            y = ops.bfloat16_product(x, kernel)
+        else:
+            y = x @ kernel
         return y if self.bias is None else y + self.bias[...].astype(x.dtype).reshape(-1)  # e.g. [h k] -> [h·k]
