@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT
 
 
+@pytest.mark.slow
 def test_a_pod_that_is_preempted_and_loses_a_worker_ends_with_the_parameters_of_an_unbroken_run() -> None:
     """Skipped where a process may not have namespaces and a bridge of its own: it needs root."""
     link = f"cjt{os.getpid()}"

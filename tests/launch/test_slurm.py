@@ -143,6 +143,7 @@ class Cluster:
             subprocess.run(["scancel", "--signal=KILL", "--full", job], env=self.variables, capture_output=True, check=False)
 
 
+@pytest.mark.slow
 def test_three_jobs_one_after_another_each_with_all_its_cores(
     slurm: dict[str, str],
     dataset: pathlib.Path,
