@@ -66,7 +66,7 @@ def prepare(folder: pathlib.Path, model: str) -> None:
     if not mined.exists():
         options = mine.Options(num_negatives=NEGATIVES, relative_margin=0.05)
         mine.mine(contrastive_jax.load(f"hf:{model}"), [PAIRS.value], epath.Path(mined), options, TEXT_FIELD.value)
-    contrastive_jax.prepare(folder / "data", pairs=str(mined), tokenizer=f"hf:{model}", validation_fraction=0.01)
+    contrastive_jax.prepare(folder / "data", pairs=str(mined), min_negatives=NEGATIVES, tokenizer=f"hf:{model}")
 
 
 def train_ours(folder: pathlib.Path, model: str, seed: int) -> Encode:

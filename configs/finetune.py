@@ -1,7 +1,7 @@
 """Pairs with mined hard negatives: the second stage of training, after weak pairs or neighbouring spans.
 
     contrastive-jax mine --model=runs/pairs --pairs=pairs.jsonl --output=mined.jsonl.zst
-    contrastive-jax prepare --pairs=mined.jsonl.zst --tokenizer=runs/pairs --output=data/mined
+    contrastive-jax prepare --pairs=mined.jsonl.zst --min_negatives=3 --tokenizer=runs/pairs --output=data/mined
     contrastive-jax train --config=configs/finetune.py --config.init_from=runs/pairs --config.data.dir=data/mined --workdir=DIR
 
 The learning rate is one for pretrained weights. The recipe was not measured: we claim no score.

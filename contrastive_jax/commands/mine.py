@@ -1,7 +1,7 @@
 """Finds hard negatives for a file of pairs: documents that are near to a query, but none of its positives.
 
     contrastive-jax mine --model=hf:models/minilm --pairs='pairs/*.jsonl.gz' --relative_margin=0.05 --output=mined.jsonl.zst
-    contrastive-jax prepare --pairs=mined.jsonl.zst --output=data/mined --tokenizer=hf:models/minilm
+    contrastive-jax prepare --pairs=mined.jsonl.zst --min_negatives=5 --output=data/mined --tokenizer=hf:models/minilm
 
 All documents of the pairs, and of --corpus, are searched exactly, on all devices. The output has a line per query, as
 FlagEmbedding writes it: {"query", "pos", "neg", "pos_scores", "neg_scores"}, with cosines as scores. Memory does not grow with

@@ -117,11 +117,12 @@ def check_fields(manifest: dict[str, Any], config: ConfigDict) -> None:
     elif not count:
         raise UserError("config.data.sampler='fields': config.data.dir holds no pairs; make them with `prepare --pairs=GLOB`")
     elif config.views > count:
-        raise UserError(f"config.data.views={config.views}: the pairs of config.data.dir have {count} texts; lower it")
+        enough = f", or prepare them with --min_negatives={config.hard_negatives}" if config.hard_negatives > hard else ""
+        raise UserError(f"config.data.views={config.views}: some pairs of config.data.dir have {count} texts; lower it{enough}")
     elif config.hard_negatives > hard:
         raise UserError(
             f"config.data.hard_negatives={config.hard_negatives}: some pairs of config.data.dir have {hard}; lower it, or "
-            "prepare them with min_negatives in a file of sources"
+            f"prepare them with --min_negatives={config.hard_negatives}"
         )
     elif config.views - config.hard_negatives > count - hard:
         raise UserError(

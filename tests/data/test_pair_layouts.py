@@ -150,6 +150,30 @@ def test_pairs_without_scores_or_of_an_earlier_version_are_refused(tmp_path: pat
         prepared.load_manifest(old)
 
 
+def test_pairs_with_too_few_negatives_are_left_out_or_refused_in_training(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
+    rows = [{"query": q, "pos": p, "neg": n[: i % 4]} for i, (q, p, n, _) in enumerate(TEXTS)]  # 0 to 3 negatives
+    pairs = str(write(tmp_path / "mined.jsonl", rows))
+    manifest = prepare.prepare(tmp_path / "enough", pairs=pairs, min_negatives=2, **PLAIN)
+    assert sum(split["records"] for split in manifest["splits"].values()) == 30
+    assert (manifest["fields"], manifest["hard_negatives"]) == (4, 2)
+    config = default_config().data
+    config.update(dir=str(tmp_path / "all"), batch_size=4, length=64, max_span=62, sampler="fields", views=3, hard_negatives=1)
+    prepare.prepare(tmp_path / "all", pairs=pairs, **PLAIN)
+    with pytest.raises(
+        UserError, match=r"views=3: some pairs .* have 2 texts; lower it, or prepare them with --min_negatives=1"
+    ):
+        pipeline.open_stream(prepared.open_split(config.dir, "train"), config, 0)
+
+    path = tmp_path / "all/manifest.json"  # as a version wrote it that had no such flag
+    manifest = json.loads(path.read_text())
+    del manifest["arguments"]["min_negatives"]
+    path.write_text(json.dumps(manifest))
+    prepare.prepare(tmp_path / "all", pairs=pairs, **PLAIN)
+    assert "is already prepared with these arguments" in capsys.readouterr().err
+
+
 def test_numbers_are_drawn_without_repeats_and_each_set_equally() -> None:
     uniform = np.random.default_rng(0).random((20_000, 2), np.float32)
     drawn = spans.draw(uniform, np.full((20_000, 1), 4))

@@ -104,7 +104,7 @@ def test_row55_what_is_no_pair_stops_prepare_and_a_label_may_be_missing(tmp_path
             )
     with pytest.raises(UserError, match=r"--pairs=.*: no pair in its first lines .*--text_field=A,B names the fields"):
         prepare.prepare(tmp_path / "no", pairs=str(write(tmp_path / "no.jsonl", [{"a": "x", "b": "y"}])), workers=1)
-    with pytest.raises(UserError, match="--label_field and --labels go with --pairs"):
+    with pytest.raises(UserError, match="--label_field, --labels and --min_negatives go with --pairs"):
         prepare.prepare(tmp_path / "other", input="x.jsonl", label_field="y")
 
 
@@ -151,7 +151,7 @@ def test_row55_a_sampler_that_does_not_fit_the_data_is_refused(dataset: pathlib.
     with pytest.raises(UserError, match=r"config.data.sampler='neighbours': config.data.dir holds pairs; set it to 'fields'"):
         pipeline.open_stream(of_pairs, config, 0)
     config.update(sampler="fields", views=4)
-    with pytest.raises(UserError, match=r"config.data.views=4: the pairs of config.data.dir have 3 texts; lower it"):
+    with pytest.raises(UserError, match=r"config.data.views=4: some pairs of config.data.dir have 3 texts; lower it"):
         pipeline.open_stream(of_pairs, config, 0)
     with pytest.raises(UserError, match=r"holds no pairs; make them with `prepare --pairs=GLOB`"):
         pipeline.open_stream(of_documents, config, 0)

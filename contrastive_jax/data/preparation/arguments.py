@@ -31,6 +31,7 @@ class Arguments(NamedTuple):
       pairs: instead of `input`: files of pairs of texts, which also may be .tsv and .csv; `validation` are pairs too.
       label_field: of pairs: the field of the label; default: "label", "score" or another known name; pairs need not have one.
       labels: of pairs: the names of the classes, separated by commas, whose numbers are 0, 1, ...; default: labels are numbers.
+      min_negatives: of pairs: leave out those with fewer hard negatives; a file of sources says it for each source.
       python: instead of `input`: take the text of this Python installation.
       tokenizer: a SentencePiece .model, a tokenizer.json, or hf:FOLDER; default: train one on the text.
       vocab_size: the ids of a trained tokenizer, reserved ids included.
@@ -60,6 +61,7 @@ class Arguments(NamedTuple):
     pairs: tuple[str, ...] = ()
     label_field: str = ""
     labels: str = ""
+    min_negatives: int = 0
     python: bool = False
     tokenizer: str = ""
     vocab_size: int = 16384
@@ -93,8 +95,8 @@ def check_arguments(arguments: Arguments) -> None:
         raise UserError(f"give one of --input, --pairs, --tfds and --python, not {' and '.join(chosen) or 'none'}")
     if arguments.validation and chosen[0] not in ("input", "pairs"):
         raise UserError(f"--validation goes with --input or --pairs, not with --{chosen[0]}; leave it out")
-    if (arguments.label_field or arguments.labels) and not arguments.pairs:
-        raise UserError("--label_field and --labels go with --pairs; leave them out")
+    if (arguments.label_field or arguments.labels or arguments.min_negatives) and not arguments.pairs:
+        raise UserError("--label_field, --labels and --min_negatives go with --pairs; leave them out")
     if not 0 < arguments.validation_fraction < 1:
         raise UserError(f"--validation_fraction={arguments.validation_fraction}: must lie between 0 and 1")
     if arguments.limit < 0:
@@ -108,7 +110,7 @@ def check_arguments(arguments: Arguments) -> None:
         raise UserError(
             f"--leak_tokens={arguments.leak_tokens}: must lie between 8 and --record_tokens={arguments.record_tokens}"
         )
-    for name, minimum in (("record_tokens", 2), ("sample_mb", 1), ("vocab_size", 300), ("part_mb", 0)):
+    for name, minimum in (("record_tokens", 2), ("sample_mb", 1), ("vocab_size", 300), ("part_mb", 0), ("min_negatives", 0)):
         if getattr(arguments, name) < minimum:
             raise UserError(f"--{name}={getattr(arguments, name)}: must be at least {minimum}")
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from contrastive_jax.data import FORMAT, token_type
+from contrastive_jax.data.preparation.arguments import Arguments, as_json
 from contrastive_jax.data.prepared import label_range
 from contrastive_jax.data.raw.sources import Shard
 
@@ -44,7 +45,8 @@ def difference(before: Mapping[str, Any], plan: Mapping[str, Any], verb: str) ->
     """
     if before.get("format") != FORMAT:
         return f"was {verb} by another version (format {before.get('format')}, not {FORMAT})"
-    old, new = before["arguments"], plan["arguments"]
+    # A flag that an earlier version did not have is as its default.
+    old, new = as_json(Arguments()) | before["arguments"], plan["arguments"]
     if changed := [name for name in {**new, **old} if name not in old or name not in new or old[name] != new[name]]:
         flags = ["record_tokens" if name == "window" else name for name in changed]
         values = (f"--{flag}: {json.dumps(old.get(name))[:80]}" for flag, name in zip(flags, changed, strict=True))

@@ -51,7 +51,7 @@ from contrastive_jax.data.preparation.manifest import (
 from contrastive_jax.data.preparation.stage_progress import StageProgress, stage_names
 from contrastive_jax.data.preparation.work import WORK, Work
 from contrastive_jax.data.raw import inputs, losses, pair_sources, python_text
-from contrastive_jax.data.raw.pairs import PairFields
+from contrastive_jax.data.raw.pairs import PairFields, PairOptions
 from contrastive_jax.data.raw.sources import Shard
 from contrastive_jax.files import listing
 from contrastive_jax.files.transfer import INCOMPLETE
@@ -314,7 +314,8 @@ def find_source(arguments: Arguments) -> Source:
         )
         return Source(shards, identity_of_files(shards), sha256)
     texts, labels = (tuple(split_at_commas(value)) for value in (arguments.text_field, arguments.labels))
-    pair = PairFields(texts, arguments.label_field, labels) if arguments.pairs else None
+    enough = PairOptions(min_negatives=arguments.min_negatives)
+    pair = PairFields(texts, arguments.label_field, labels, options=enough) if arguments.pairs else None
     options = arguments.text_field, arguments.domain_field, arguments.limit
     name, patterns = ("pairs", arguments.pairs) if pair else ("input", arguments.input)
     find: Callable[..., list[Shard]] = functools.partial(pair_sources.pair_shards, pair) if pair else inputs.file_shards
