@@ -32,6 +32,7 @@ MODEL = flags.DEFINE_string("model", None, "A sentence-transformers folder; by d
 OUTPUT = flags.DEFINE_string("output", "build/finetune", "Folder of the data, the runs and the results.")
 SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of our runs.")
 RIVAL_SEEDS = flags.DEFINE_list("rival_seeds", ["0"], "Seeds of the runs of sentence-transformers; empty: none.")
+MARGIN = flags.DEFINE_float("relative_margin", 0.05, "A mined negative scores at most (1 - this) x the positive.")
 STEPS = flags.DEFINE_integer("steps", 60, "Steps of each run.")
 BATCH = flags.DEFINE_integer("batch", 32, "Pairs per step.")
 RATE = flags.DEFINE_float("rate", 2e-5, "The highest learning rate.")
@@ -64,7 +65,7 @@ def prepare(folder: pathlib.Path, model: str) -> None:
     """Mines hard negatives and prepares the pairs with them, unless that is done."""
     mined = folder / "mined.jsonl"
     if not mined.exists():
-        options = mine.Options(num_negatives=NEGATIVES, relative_margin=0.05)
+        options = mine.Options(num_negatives=NEGATIVES, relative_margin=MARGIN.value)
         mine.mine(contrastive_jax.load(f"hf:{model}"), [PAIRS.value], epath.Path(mined), options, TEXT_FIELD.value)
     contrastive_jax.prepare(folder / "data", pairs=str(mined), min_negatives=NEGATIVES, tokenizer=f"hf:{model}")
 

@@ -72,6 +72,26 @@ def test_mine(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
+def test_finetune_goes_on_where_it_ended(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("sentence_transformers"), pytest.importorskip("datasets"), pytest.importorskip("accelerate")
+    model = write_folder(tmp_path / "bert", "bert")
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(WORDS[4:], 8)) for _ in range(160)]
+    pairs = [{"query": f"{text} the", "positive": text} for text in texts]  # near, so that there are others less near
+    for name, part in (("train", pairs[:120]), ("dev", pairs[120:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in part))
+    flags = [f"--pairs={tmp_path}/train.jsonl", f"--held_out={tmp_path}/dev.jsonl", f"--model={model}", "--steps=10"]
+    flags += ["--batch=8", "--length=32", "--relative_margin=0", f"--output={tmp_path / 'out'}"]
+    lines = run("finetune", *flags, "--seeds=0", "--rival_seeds=0")
+    assert [line.split(" | ")[0] for line in lines[-3:]] == ["| MiniLM", "| ours, seed 0", "| sentence-transformers, seed 0"]
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    results["rows"]["MiniLM"]["ndcg"] = 12.34  # is kept
+    (tmp_path / "out/results.json").write_text(json.dumps(results))
+    lines = run("finetune", *flags, "--seeds=0,1", "--rival_seeds=")
+    assert lines[-4].startswith("| MiniLM | 12.34 |") and lines[-1].startswith("| ours, seed 1 |")
+
+
+@pytest.mark.slow
 def test_log_line() -> None:
     lines = run("log_line", "--lines=3", "--width=8")
     assert len(lines) == 2 and all(line.endswith("ms per line") for line in lines)

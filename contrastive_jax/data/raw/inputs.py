@@ -152,7 +152,9 @@ def with_field_count(shards: list[Shard], pair: PairFields) -> list[Shard]:
     Raises:
       UserError: the first lines of the first file have no pair.
     """
-    items = list(itertools.islice(sources.read(Part(shards[0], 0, 1 << 20, 1, 0, False)), 100))
+    # A pair with too few hard negatives has its texts all the same.
+    shard = shards[0]._replace(pair=pair._replace(options=pair.options._replace(min_negatives=0)))
+    items = list(itertools.islice(sources.read(Part(shard, 0, 1 << 20, 1, 0, False)), 100))
     first = next((item for item in items if isinstance(item, Document)), None)
     if first is None:
         reason = f" ({items[0]})" if items else ""
