@@ -113,7 +113,7 @@ def check_vectors(model: text_model.TextModel, folder: pathlib.Path, view: str, 
     """
     from sentence_transformers import SentenceTransformer
 
-    exact = ConfigDict(model.model_config.to_dict() | {"dtype": "float32", "attention": "plain"})
+    exact = ConfigDict(model.model_config.to_dict() | {"dtype": "float32", "products": "float32", "attention": "plain"})
     _, forward_with = text_model.make_encoder_on_all_devices(exact, model.params)
     forward = functools.partial(forward_with, model.params)
     exported = SentenceTransformer(str(folder), device="cpu", local_files_only=True)

@@ -32,18 +32,10 @@ GPU_OPTIONS: tuple[Options, ...] = (
     {"xla_gpu_enable_while_loop_double_buffering": True},
 )
 
-# On CPU, XLA's own products of transposed matrices, such as the gradients of weights, and of batches of small ones, as in
-# attention, are slower than those of oneDNN.
-CPU_OPTIONS: tuple[Options, ...] = (
-    {"xla_cpu_use_onednn": True},
-    {"xla_cpu_experimental_onednn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"},
-)
 
-
-def options_for(mesh: Mesh, num_layers: int) -> Options | None:
+def options_for(mesh: Mesh) -> Options | None:
     """Returns the options with which the train step is compiled for the devices of a mesh; None: XLA's defaults.
 
-    A model without layers has no products for oneDNN but that of the positions' gradient, of one row, at which it is slow.
     XLA refuses to compile with an option that it does not know, and its options come and go with its versions: an unknown one
     is left out, with a warning. An option that the environment variable XLA_FLAGS names stays as it is set there.
     """
@@ -53,8 +45,6 @@ def options_for(mesh: Mesh, num_layers: int) -> Options | None:
         entries = TPU_OPTIONS
     elif platform in ("gpu", "cuda") and mesh.size > 1:
         entries = GPU_OPTIONS
-    elif platform == "cpu" and num_layers:
-        entries = CPU_OPTIONS
     flags = os.environ.get("XLA_FLAGS", "") + os.environ.get("LIBTPU_INIT_ARGS", "")
     entries = tuple(names for names in entries if not any(name in flags for name in names))
     return known_options(entries, mesh) or None
