@@ -4,7 +4,8 @@
     contrastive-jax prepare --pairs=mined.jsonl.zst --min_negatives=3 --tokenizer=runs/pairs --output=data/mined
     contrastive-jax train --config=configs/finetune.py --config.init_from=runs/pairs --config.data.dir=data/mined --workdir=DIR
 
-The learning rate is one for pretrained weights. The recipe was not measured: we claim no score.
+The learning rate is one for pretrained weights. With one hard negative per pair, 40 steps raise MiniLM's nDCG@10 on BoolQ's
+passages from 89.1 to 89.3 (docs/results.md).
 """
 
 from ml_collections import ConfigDict
