@@ -110,6 +110,21 @@ def write_other_formats(folder: pathlib.Path) -> None:
     (folder / "code/0.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
 
 
+def write_questions(folder: pathlib.Path) -> None:
+    """Pairs of a question and an answer, and a BEIR folder of the last of them, as docs/training-recipes.md takes them."""
+    rng = np.random.default_rng(1)
+    pairs = [(" ".join(words[:3]), f"{' '.join(words)} {i}") for i, words in enumerate(rng.choice(WORDS[4:], (300, 6)))]
+    for name in ("questions", "search/qrels"):
+        (folder / name).mkdir(parents=True)
+    lines = [json.dumps({"question": question, "answer": answer}) for question, answer in pairs]
+    (folder / "questions/0.jsonl").write_text("\n".join(lines))
+    entries = [[json.dumps({"_id": f"{i}", "text": pair[side]}) for i, pair in enumerate(pairs[:20])] for side in (0, 1)]
+    (folder / "search/queries.jsonl").write_text("\n".join(entries[0]))
+    (folder / "search/corpus.jsonl").write_text("\n".join(entries[1]))
+    judgements = ["query-id\tcorpus-id\tscore", *(f"{i}\t{i}\t1" for i in range(20))]
+    (folder / "search/qrels/test.tsv").write_text("\n".join(judgements))
+
+
 class Site:
     """A folder in which the commands of the pages run.
 
@@ -124,6 +139,7 @@ class Site:
         write_file_shard(folder / "pile/train/0.jsonl.zst", 0, 40)
         write_file_shard(folder / "pile/val.jsonl.zst", 1000, 20)
         write_other_formats(folder)
+        write_questions(folder)
         for name in ("models", "stsb", "movie", "eval/sts", "eval/retrieval"):
             (folder / name).mkdir(parents=True)
         (folder / "eval/sts/dev.tsv").write_text("5\tthe cat\tthe cat\n")
@@ -182,6 +198,8 @@ def shrink(arguments: list[str]) -> list[str]:
         flags.append("--config.model.num_layers=2")
     if any("init_from" in argument for argument in arguments):
         flags.append("--config.data.length=32")
+    if any("finetune" in argument for argument in arguments):
+        flags.append("--config.data.query_length=16")
     return flags
 
 
@@ -251,6 +269,8 @@ def test_pages(page: pathlib.Path, site: Site) -> None:
         assert printed.count("[") == 3  # two by two similarities
         assert (site.folder / "runs/pile_small/query_key.json").exists()
         assert (site.folder / "exported/modules.json").exists()
+    if page.name == "training-recipes.md":
+        assert (site.folder / "runs/tuned/retrieval-search.json").exists() and (site.folder / "tuned/modules.json").exists()
     if page.name == "data.md":
         written = {name.partition("/")[0] for name in listing(site.bucket)}
         assert written >= {"pile", "pile_small", "results", "vectors.npy", "exported", "report.html"}
