@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
     config = default_config()
     config.update(steps=300, log_every=10, eval_every=100, checkpoint_every=100)
     config.data.update(sampler="fields", batch_size=32, views=5, hard_negatives=3, length=128, query_length=48, max_span=126)
+    config.eval.pairs = 100  # few pairs are held out of a set of some thousand
     config.model.max_length = 256
     config.objective.update(temperature=0.05, temperature_trainable=False, symmetric=False)
     config.optim.update(learning_rate=2e-5, schedule="linear", warmup_steps=30)

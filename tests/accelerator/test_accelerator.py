@@ -33,6 +33,7 @@ def run(output: pathlib.Path, *arguments: str, absent: list[str], **variables: s
     return figures
 
 
+@pytest.mark.slow
 def test_the_checks_run_on_cpu_with_toy_sizes_and_few_libraries(tmp_path: pathlib.Path) -> None:
     flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
     figures = run(tmp_path / "cpu.json", "--any", "--here", absent=ABSENT, JAX_PLATFORMS="cpu", XLA_FLAGS=flags)

@@ -36,7 +36,7 @@ def verify(workdir: str) -> list[str]:
     return [sys.executable, "-m", "contrastive_jax", "verify", f"--workdir={workdir}"]
 
 
-@pytest.mark.parametrize("scheme", ["gs", "s3"])
+@pytest.mark.parametrize("scheme", ["gs", pytest.param("s3", marks=pytest.mark.slow)])
 def test_no_bucket_no_permission_and_no_network_are_one_line(scheme: str, request: Any) -> None:
     emulator = request.getfixturevalue("gcs" if scheme == "gs" else "s3")
     workdir = f"{make_bucket(scheme, emulator)}/run"
@@ -84,6 +84,7 @@ def trained(arguments: list[str], address: str, act: Callable[[str], None] = lam
     return "".join(lines), process.returncode
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_through_refused_requests_and_says_so(gcs: str, gs_bucket: str, dataset: pathlib.Path) -> None:
     flags = command(dataset, ROOT, "--config.checkpoint_every=2")
     arguments = [f"--workdir={gs_bucket}/run" if "--workdir" in flag else flag for flag in flags]

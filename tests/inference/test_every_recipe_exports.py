@@ -22,7 +22,9 @@ def train(name: str, argument: str, dataset: pathlib.Path, workdir: pathlib.Path
 
 
 @pytest.mark.filterwarnings("default")  # torch's and transformers' own
-@pytest.mark.parametrize("name", ["bag", "bert_base", "cpt_text", "debug", "modern_base"])  # they differ once they are shrunk
+@pytest.mark.parametrize(  # they differ once they are shrunk
+    "name", ["bag", "modern_base", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bert_base", "cpt_text", "debug"))]
+)
 def test_an_encoder_exports_and_loads_with_the_same_vectors(name: str, dataset: pathlib.Path, tmp_path: pathlib.Path) -> None:
     train(name, "", dataset, tmp_path / "run")
     check_export(tmp_path / "run", tmp_path / "out")

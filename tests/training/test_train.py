@@ -170,6 +170,7 @@ def test_embedding_metrics() -> None:
 # What follows starts real processes.
 
 
+@pytest.mark.slow
 def test_layouts_of_processes_and_devices_train_the_same(dataset: pathlib.Path, tmp_path: pathlib.Path) -> None:
     options = ["--config.steps=6", "--config.model.dropout=0.2", "--config.eval_every=6"]
     finish(start(command(dataset, tmp_path / "1x8", *options, "--config.mesh.fsdp=2", "--config.mesh.tensor=2"), devices=8))
