@@ -36,7 +36,9 @@ from contrastive_jax.runtime.progress import Progress
 from contrastive_jax.runtime.randomness import step_key
 
 PRECISIONS = ("float32", "bfloat16", "int8")
-PRECISION_HELP = "Types of the matrix products; those of rounded factors are faster. Default: as the model was trained."
+PRECISION_HELP = (
+    "Type of the factors of matrix products; which is fastest, the machine decides. Default: as the model was trained."
+)
 
 
 @dataclasses.dataclass(frozen=True)
