@@ -122,8 +122,10 @@ def main(argv: list[str]) -> None:
     del argv
     logging.set_verbosity(logging.ERROR)
     folder, model = pathlib.Path(OUTPUT.value), MODEL.value or common.minilm_folder()
-    protocol = {"steps": STEPS.value, "batch": BATCH.value, "rate": RATE.value, "length": LENGTH.value}
+    protocol = {"steps": STEPS.value, "batch": BATCH.value, "rate": RATE.value, "length": LENGTH.value, "model": model}
+    protocol |= {"pairs": PAIRS.value, "held_out": HELD_OUT.value, "relative_margin": MARGIN.value}
     stored = common.open_results(folder / "results.json", protocol)
+    (folder / "results.json").write_text(json.dumps(stored))  # the mined file is of this protocol too
     write_search(folder / "search")
     prepare(folder, model)
     trained = {f"ours, seed {seed}": functools.partial(train_ours, folder, model, int(seed)) for seed in SEEDS.value}

@@ -76,5 +76,5 @@ def main(arguments: list[str]) -> None:
     options = Options(*of_tasks, mteb.split_names(values.mteb), values.mteb_results, cache)
     with cli.joined_processes():
         processes.enable_compilation_cache()
-        limits = values.max_tokens, values.precision
-        run.evaluate_model(values.model, values.tasks, values.data, options, values.baselines, values.output, *limits)
+        of_model = values.max_tokens, values.precision
+        run.evaluate_model(values.model, values.tasks, values.data, options, values.baselines, values.output, *of_model)

@@ -200,7 +200,7 @@ KEYS = {
     # Type of activations and matrix products; parameters, norms and softmax stay float32.
     "model.dtype": Key("float32", choice("float32", "bfloat16")),
     # Type to which the factors of the linear maps' products are rounded where activations are float32. Products in bfloat16
-    # with sums in float32 are what a TPU computes by default; a CPU with AVX512-BF16 or AMX is faster at them.
+    # with sums in float32 are what a TPU computes by default; a CPU without AVX512-BF16 or AMX is slower at them.
     "model.products": Key("float32", choice("float32", "bfloat16")),
     # A loss of pairs, without negatives ("simsiam", "byol"), or of labels: classes ("softmax") or scores ("cosent", "cosine").
     # Of a target (memory.kind): the cosines in a batch follow its cosines ("similarity"), or each embedding its embedding

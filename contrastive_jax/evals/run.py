@@ -95,6 +95,8 @@ def evaluate_model(
     assigned = assign_data(tasks, data)
     if output and len(tasks) > 1:
         raise UserError(f"--output={output}: one file holds one task; give one of --tasks={','.join(tasks)}")
+    if precision == "int8" and any(task.name == "glue" for task, _ in assigned):
+        raise UserError("--precision=int8: glue trains, and int8 products have no gradient; take another precision")
     target = files.absolute(output) if output else None
     first = jax.process_index() == 0  # of several processes all score, and the first one prints and writes
     if target and first:

@@ -228,7 +228,7 @@ def load(name: str, max_tokens: int | None = None, precision: str | None = None)
 def set_precision(model_config: ConfigDict, precision: str | None) -> None:
     """Sets the types with which a model computes: of its products alone on CPU, elsewhere of its activations too.
 
-    A CPU is no faster at anything but products in bfloat16, and rounding its activations costs more than it saves.
+    On CPU, activations in bfloat16 save nothing.
 
     Args:
       model_config: `config.model`, which is changed.

@@ -166,6 +166,10 @@ def test_pairs_with_too_few_negatives_are_left_out_or_refused_in_training(
     ):
         pipeline.open_stream(prepared.open_split(config.dir, "train"), config, 0)
 
+    (tmp_path / "pairs.toml").write_text('[mined]\nfiles = "mined.jsonl"')
+    with pytest.raises(UserError, match=r"--min_negatives=2: write min_negatives for each source of .*pairs.toml"):
+        prepare.prepare(tmp_path / "toml", pairs=str(tmp_path / "pairs.toml"), min_negatives=2, **PLAIN)
+
     path = tmp_path / "all/manifest.json"  # as a version wrote it that had no such flag
     manifest = json.loads(path.read_text())
     del manifest["arguments"]["min_negatives"]

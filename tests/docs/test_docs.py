@@ -111,7 +111,7 @@ def write_other_formats(folder: pathlib.Path) -> None:
 
 
 def write_questions(folder: pathlib.Path) -> None:
-    """Pairs of a question and an answer, and a BEIR folder of the last of them, as docs/training-recipes.md takes them."""
+    """Pairs of a question and an answer, and a BEIR folder of the first of them, as docs/training-recipes.md takes them."""
     rng = np.random.default_rng(1)
     pairs = [(" ".join(words[:3]), f"{' '.join(words)} {i}") for i, words in enumerate(rng.choice(WORDS[4:], (300, 6)))]
     for name in ("questions", "search/qrels"):

@@ -10,6 +10,7 @@ from hf_folders import WORDS, write_folder
 
 from contrastive_jax import config as config_lib
 from contrastive_jax.config import UserError
+from contrastive_jax.evals import run
 from contrastive_jax.inference import text_model
 
 TEXTS = [" ".join(np.random.default_rng(i).choice(WORDS[4:], 1 + i % 30)) for i in range(64)]
@@ -35,6 +36,8 @@ def test_encode_takes_a_precision(tmp_path: pathlib.Path) -> None:
 
 
 def test_no_training_computes_in_int8() -> None:
+    with pytest.raises(UserError, match="--precision=int8: glue trains, and int8 products have no gradient"):
+        run.evaluate_model("hf:absent", ["glue"], ["rte"], precision="int8")
     config = recipe("debug")
     config.model.products = "int8"
     with pytest.raises(UserError, match="config.model.products='int8'"):

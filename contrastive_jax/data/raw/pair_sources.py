@@ -103,11 +103,14 @@ def pair_shards(
     """Returns the files of pairs, of globs and of files of sources; see `inputs.file_shards`. Each belongs to the first source.
 
     Raises:
-      UserError: a file of sources is wrong, a glob matches nothing, or the first lines of a source have no pair.
+      UserError: a file of sources is wrong, or goes with --min_negatives; a glob matches nothing, or the first lines of a
+        source have no pair.
     """
     shards = list[Shard]()
     for pattern in patterns:
         sources = read(pattern) if is_file_of_sources(pattern) else [None]
+        if sources != [None] and pair.options.min_negatives:
+            raise UserError(f"--min_negatives={pair.options.min_negatives}: write min_negatives for each source of {pattern}")
         for source in sources:
             fields = pair._replace(options=source.options) if source else pair
             found = inputs.file_shards(
