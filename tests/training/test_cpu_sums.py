@@ -1,7 +1,7 @@
 """jaxlib 0.10.2 computes some sums wrongly on CPU (JAX's issue 39103): those of a product, fused into one call of YNN.
 
-YNN is a library of kernels that XLA calls on CPU. Of 3 summands per sum, the sums from number 32,768 on were wrong; of 5 to 48,
-and where the product was a call of its own, all were right. No step of a recipe has such a call.
+YNN is a library of kernels that XLA calls on CPU. Of 3 summands per sum, the sums from number 32,768 on were wrong; of 5 to 48, 64
+and 384, and where the product was a call of its own, all were right. Two recipes have such calls, with 64 summands or more.
 """
 
 import re
@@ -18,6 +18,9 @@ from contrastive_jax.runtime import sharding
 from contrastive_jax.training import build
 
 WRONG = "0.10.2"
+SMALL = [each for each in RECIPES if "_text" not in each[0] and "_base" not in each[0]]
+HAVE_SUCH_CALLS = (("distil", "tokens"), ("mixers", "external"))  # of 16,384 sums of 64 summands or more
+KNOWN = pytest.mark.xfail(strict=True, reason="sums of products, of more summands than were ever wrong")
 
 
 def sums_of_products(program: str) -> list[str]:
@@ -50,7 +53,9 @@ def test_the_wrong_sum_of_a_product_is_one_call() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(jaxlib.__version__ != WRONG, reason="this jaxlib sums correctly")
-@pytest.mark.parametrize(("name", "argument"), [each for each in RECIPES if "_text" not in each[0] and "_base" not in each[0]])
+@pytest.mark.parametrize(
+    ("name", "argument"), [pytest.param(*each, marks=[KNOWN] * (each in HAVE_SUCH_CALLS)) for each in SMALL]
+)
 def test_no_step_of_a_recipe_has_such_a_call(name: str, argument: str) -> None:
     config = recipe(name, *[argument] * bool(argument))
     mesh = sharding.make_mesh(ConfigDict({"data": 1, "fsdp": 1, "tensor": 1}), jax.devices()[:1])
