@@ -1,7 +1,7 @@
 """jaxlib 0.10.2 computes some sums wrongly on CPU (JAX's issue 39103): those of a product, fused into one call of YNN.
 
-YNN is a library of kernels that XLA calls on CPU. Of 3 summands per sum, the sums from number 32,768 on were wrong; of 5 to 48, 64
-and 384, and where the product was a call of its own, all were right. Two recipes have such calls, with 64 summands or more.
+YNN is a library of kernels that XLA calls on CPU. Of 3 summands per sum, the sums from number 32,768 on were wrong; of 5 to 48,
+64 and 384, and where the product was a call of its own, all were right. Two recipes have such calls, with 64 summands or more.
 """
 
 import re
