@@ -37,7 +37,7 @@ EXPORTED: dict[str, tuple[str, dict]] = {
     "bert": ("bert_base", {"dense": ((12, "tanh", True), (8, "identity", False))}),
     "gpt2": ("cpt_text", {"mlp": "gelu_exact"}),
     "modernbert": ("modern_base", {}),
-    "starcoder2": ("debug", {"final_norm": True, "num_kv_heads": 2, "embedding_dim": 8}),
+    "starcoder2": ("debug", {"num_kv_heads": 2, "head_dim": 6, "embedding_dim": 8, "token_weights": True}),
     "bag": ("pile_small", {"num_layers": 0, "embedding_dim": 8}),
 }
 

@@ -147,6 +147,20 @@ def test_m13_longer_shows_each_evaluation(dataset: pathlib.Path, tmp_path: pathl
     assert lines[-1].startswith("sts-stsb dev spearman: best ") and (tmp_path / "longer.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
+def test_small_encoders_goes_on_where_it_ended(dataset: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    data = write_dataset(tmp_path / "data", {"train": [200] * 300, "validation": [200] * 60}, window=200)
+    shutil.copy(dataset / "tokenizer.model", data)
+    flags = [f"--data={data}", f"--output={tmp_path}", "--minutes=0.05", "--pairs=40", "--only=bag"]
+    lines = run("small_encoders", *flags, "--seeds=0,1")
+    assert [line.split(":")[0] for line in lines[:2]] == ["bag, seed 0", "bag, seed 1"]
+    assert lines[-1].startswith("| bag | 2 | ") and (tmp_path / "small_encoders.png").stat().st_size > 5000
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    minutes = [point[0] for point in rows["bag, seed 0"]["curve"]]
+    assert minutes[0] == 0 and len(minutes) >= 6 and minutes == sorted(minutes)
+    assert run("small_encoders", *flags, "--seeds=0,1") == lines[2:]
+
+
 def test_row47_the_area_under_the_curve_counts_pairs() -> None:
     rng = np.random.default_rng(0)
     score, positive = rng.integers(0, 9, 70) / 8, rng.random(70) < 0.3

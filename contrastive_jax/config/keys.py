@@ -180,6 +180,8 @@ KEYS = {
     # How token states become one vector: "mean", "max" (in each channel), "first_last" (the mean of the first and the last
     # block's states, over the tokens), "cls" (the first token) or "eos" (the last token).
     "model.pooling": Key("mean", choice("mean", "max", "first_last", "cls", "eos")),
+    # Whether the mean is weighted, with a trained weight per token id, as inverse document frequencies are; all begin at 1.
+    "model.token_weights": Key(False),
     # A tanh "before" or "after" the pooling; empty: none.
     "model.pool_tanh": Key("", choice_or_none("before", "after")),
     # Width of the embedding after a linear projection; 0: d_model, no projection.

@@ -240,10 +240,11 @@ def starcoder2_values(config: dict[str, Any]) -> dict[str, Any]:
     """Returns the values of `config.model` of a Starcoder2; with is_causal false (transformers ≥ 5) tokens see both sides."""
     translate(config, "use_bias", {True: None}, True)
     translate(config, "sliding_window", {None: None}, None)
-    heads = config["num_attention_heads"]
+    heads, width = config["num_attention_heads"], config["hidden_size"]
     rope = config.get("rope_parameters") or {}
-    return base_values(config["num_hidden_layers"], config["hidden_size"], heads, config["intermediate_size"]) | dict(
+    return base_values(config["num_hidden_layers"], width, heads, config["intermediate_size"]) | dict(
         num_kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or width // heads,
         norm_position="pre",
         final_norm=True,
         embedding_norm=False,
@@ -320,6 +321,7 @@ def starcoder2_config(model: dict[str, Any]) -> dict[str, Any]:
     """
     return common_config(model) | dict(
         num_key_value_heads=model["num_kv_heads"],
+        head_dim=model["head_dim"],
         hidden_act=ACTIVATION.get(model["mlp"], "gelu_pytorch_tanh"),
         norm_epsilon=model["norm_eps"],
         is_causal=model["causal"],

@@ -1,7 +1,7 @@
 """Folders of sentence-transformers and plain Hugging Face folders: which files they have, and what these mean here.
 
-modules.json lists the parts of a sentence-transformers model in their order: Transformer (or StaticEmbedding), Pooling, any
-number of Dense, Normalize. A plain Hugging Face folder has none and is one Transformer.
+modules.json lists the parts of a sentence-transformers model in their order: Transformer (or StaticEmbedding), WordWeights,
+Pooling, any number of Dense, Normalize. A plain Hugging Face folder has none and is one Transformer.
 """
 
 import json
@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import tokenizers
 from absl import logging
 from etils import epath
@@ -28,7 +29,7 @@ POOLING = {
 }
 POOLING_WORDS = {"mean": "mean", "max": "max", "cls": "cls", "lasttoken": "eos"}
 # The place of each module among the others.
-ORDER = {"Transformer": 0, "StaticEmbedding": 0, "Pooling": 1, "Dense": 2, "Normalize": 3}
+ORDER = {"Transformer": 0, "StaticEmbedding": 0, "WordWeights": 1, "Pooling": 2, "Dense": 3, "Normalize": 4}
 # The files that are read: of the model, and of its modules.
 FILES = ("*.json", "*.safetensors", "*/*.json", "*/*.safetensors")
 # Longest text in tokens of a StaticEmbedding whose tokenizer sets no limit, and of a Transformer whose files state none.
@@ -45,6 +46,7 @@ class Modules(NamedTuple):
       pooling: a value of `config.model.pooling`.
       include_prompt: whether the tokens of a prompt are pooled too.
       dense: the folders of the Dense, first to last.
+      token_weights: the folder of the WordWeights; None: all tokens count alike.
     """
 
     folder: pathlib.Path
@@ -53,6 +55,7 @@ class Modules(NamedTuple):
     pooling: str = "mean"
     include_prompt: bool = True
     dense: tuple[pathlib.Path, ...] = ()
+    token_weights: pathlib.Path | None = None
 
 
 class TextSettings(NamedTuple):
@@ -96,7 +99,7 @@ def read_modules(name: epath.PathLike) -> Modules:
         if kind not in ORDER:
             raise UserError(f"{path}: module {kind}; this encoder has {', '.join(ORDER)}")
     places = [ORDER[kind] for kind in kinds]
-    if places != sorted(places) or places.count(0) != 1 or places.count(1) > 1:
+    if places != sorted(places) or places.count(0) != 1 or max(places.count(1), places.count(2)) > 1:
         names = ", ".join(kinds)
         raise UserError(
             f"{path}: modules {names}; this encoder has one of each, and many Dense, in the order {', '.join(ORDER)}"
@@ -105,6 +108,8 @@ def read_modules(name: epath.PathLike) -> Modules:
         part = folder / module["path"]
         if kind in ("Transformer", "StaticEmbedding"):
             modules = modules._replace(main=part, is_bag=kind == "StaticEmbedding")
+        elif kind == "WordWeights":
+            modules = modules._replace(token_weights=part)
         elif kind == "Pooling":
             include_prompt = files.read_json(part / "config.json").get("include_prompt", True)
             modules = modules._replace(pooling=read_pooling(part / "config.json"), include_prompt=include_prompt)
@@ -137,6 +142,7 @@ def read_head(modules: Modules, values: dict[str, Any]) -> dict[str, Any]:
     """
     layers = [weights.read_dense(folder) for folder in modules.dense]
     values = values | {"pooling": modules.pooling, "embedding_dim": 0, "dense": ()}
+    values |= {"token_weights": True} if modules.token_weights else {}
     if layers and layers == [Dense(layers[0].width, "identity", values.get("bias", True))]:
         return values | {"embedding_dim": layers[0].width}
     return values | {"dense": tuple(map(tuple, layers))}
@@ -172,6 +178,9 @@ def read_model(modules: Modules) -> weights.Imported:
     values = read_head(modules, imported.model)
     parts = zip(dense_layers({"bias": True} | values), modules.dense, strict=True)
     params = imported.params | {name: weights.load_dense(folder) for name, folder in parts}
+    if modules.token_weights is not None:
+        stored, rows = weights.load_token_weights(modules.token_weights), len(params["transformer"]["embedding"])
+        params["token_weight"] = np.pad(stored[:rows], (0, max(rows - len(stored), 0)))
     if imported.length is not None:
         values["max_length"] = imported.length
     return imported._replace(params=params, model=values)
@@ -260,6 +269,8 @@ def write_folder(
         settings = tokenizer_config(max_tokens, pad_token, split_special_tokens)
         weights.write_json(folder / "tokenizer_config.json", settings)
         parts = [("Transformer", ""), ("Pooling", "1_Pooling"), *parts]
+        if model["token_weights"]:
+            parts.insert(1, ("WordWeights", "0_WordWeights"))
     else:
         weights.save_bag(folder, params, dict(model))
         parts = [("StaticEmbedding", ""), *parts]
@@ -267,6 +278,9 @@ def write_folder(
         (folder / path).mkdir(exist_ok=True)
     if model["num_layers"]:
         weights.write_json(folder / "1_Pooling" / "config.json", pooling_config(model["pooling"], model["d_model"]))
+    if model["token_weights"]:
+        tokens = [tokenizer.id_to_token(number) or "" for number in range(tokenizer.get_vocab_size())]
+        weights.save_token_weights(folder / "0_WordWeights", np.asarray(params["token_weight"]), tokens)
     for name, layer in dense_layers(model).items():
         weights.save_dense(folder / dense[name], params[name], layer.activation)
     modules = [

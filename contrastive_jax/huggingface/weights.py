@@ -34,7 +34,8 @@ VECTOR = "sentence_embedding"  # the name that sentence-transformers' modules ha
 # The activation of a layer of `config.model.dense` → the class of sentence-transformers' Dense.
 DENSE = {"identity": "torch.nn.modules.linear.Identity", "tanh": "torch.nn.modules.activation.Tanh"}
 # Values of `config.model` of a StaticEmbedding, which is the mean of the embeddings of tokens.
-BAG: dict[str, Any] = dict(num_layers=0, position="none", embedding_norm=False, final_norm=False, pooling="mean", pool_tanh="")
+BAG: dict[str, Any] = dict(num_layers=0, position="none", embedding_norm=False, final_norm=False)
+BAG |= dict(pooling="mean", pool_tanh="", token_weights=False)
 
 
 class Imported(NamedTuple):
@@ -223,6 +224,31 @@ def save_dense(folder: pathlib.Path, params: Params, activation: str) -> None:
     write_json(folder / "config.json", config)
     tensors = {"linear.weight": np.ascontiguousarray(kernel.T)}
     save_tensors(folder, tensors if bias is None else tensors | {"linear.bias": np.asarray(bias)})
+
+
+def load_token_weights(folder: pathlib.Path) -> np.ndarray:
+    """Reads sentence-transformers' class WordWeights: the logarithm of each token's weight, float32[vocab].
+
+    Raises:
+      UserError: a weight is not above 0, or there is no config.json.
+    """
+    path = folder / "config.json"
+    config = files.read_json(path)
+    if "vocab" not in config:
+        raise UserError(f"{path}: no 'vocab' there; is the folder complete?")
+    known, other = config["word_weights"], config.get("unknown_word_weight", 1)
+    weights = np.array([known.get(token, known.get(token.lower(), other)) for token in config["vocab"]], np.float32)
+    if not (weights > 0).all():
+        token = config["vocab"][int(np.argmin(weights > 0))]
+        raise UserError(f"{path}: the weight of {token!r} is not above 0; this encoder has weights above 0 only")
+    return np.log(weights)
+
+
+def save_token_weights(folder: pathlib.Path, log_weights: np.ndarray, tokens: list[str]) -> None:
+    """Writes the weights of tokens, in the order of their ids, as sentence-transformers' WordWeights."""
+    weights = np.exp(log_weights[: len(tokens)], dtype=np.float32).tolist()
+    known = dict(zip(tokens, weights, strict=True))
+    write_json(folder / "config.json", {"vocab": tokens, "word_weights": known, "unknown_word_weight": 1})
 
 
 def save_tensors(folder: pathlib.Path, tensors: Tensors) -> None:

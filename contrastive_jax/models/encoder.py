@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.nn import initializers
 from ml_collections import ConfigDict
 
 from contrastive_jax.config import UserError
@@ -19,7 +20,7 @@ from contrastive_jax.config.dense import dense_layers
 from contrastive_jax.models.attention import Attend, make_attend
 from contrastive_jax.models.attention_kernel import MASKED
 from contrastive_jax.models.dropout import Noise
-from contrastive_jax.models.layers import Linear
+from contrastive_jax.models.layers import Linear, parameter
 from contrastive_jax.models.mixers import FIXED_LENGTH, check_mixer
 from contrastive_jax.models.transformer import Transformer
 from contrastive_jax.runtime.layout import Layout
@@ -75,6 +76,7 @@ class TextEncoder(nnx.Module):
     def __init__(self, config: ConfigDict, vocab_size: int, attend: Attend, layout: Layout, rngs: nnx.Rngs):
         self.config = config
         self.transformer = Transformer(config, vocab_size, attend, layout, rngs)
+        self.token_weight = parameter(rngs, initializers.zeros, (vocab_size,), ("vocab",)) if config.token_weights else None
         size = config.d_model
         for number, (name, layer) in enumerate(dense_layers(config).items()):
             axis = None if number else "embed"
@@ -109,7 +111,8 @@ class TextEncoder(nnx.Module):
             mask = segment.reshape(*x.shape[:2], 1) == jnp.arange(1, p + 1)  # [n l] -> [g t p]
             x = jnp.tanh(x) if self.config.pool_tanh == "before" else x
             if latents is None:
-                x = pool(x, mask, self.config.pooling).astype(jnp.float32).reshape(-1, x.shape[2])  # [g p d] -> [g·p d]
+                weight = None if self.token_weight is None else jnp.exp(self.token_weight[...])[tokens].reshape(x.shape[:2])
+                x = pool(x, mask, self.config.pooling, weight).astype(jnp.float32).reshape(-1, x.shape[2])  # [g p d] -> [g·p d]
             else:
                 x = latents
             x = jnp.tanh(x) if self.config.pool_tanh == "after" else x
@@ -127,7 +130,7 @@ def position_in_span(segment: jax.Array) -> jax.Array:
     return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
 
 
-def pool(x: jax.Array, mask: jax.Array, pooling: str) -> jax.Array:
+def pool(x: jax.Array, mask: jax.Array, pooling: str, weight: jax.Array | None = None) -> jax.Array:
     """Makes one vector of the token states of each span.
 
     Args:
@@ -135,6 +138,7 @@ def pool(x: jax.Array, mask: jax.Array, pooling: str) -> jax.Array:
       mask: bool[g t p], which tokens belong to which span.
       pooling: "mean" of the tokens ("first_last": likewise), "max" (in each channel), "cls" (the first token) or "eos" (the
         last token).
+      weight: float32[g t], of each token in a mean; None: all count alike.
 
     Returns:
       [g p d]: float32 for means, else in the type of x. A span without tokens has mean and maximum 0.
@@ -143,11 +147,15 @@ def pool(x: jax.Array, mask: jax.Array, pooling: str) -> jax.Array:
         of_span = [jnp.where(mask[:, :, i : i + 1], x, MASKED).max(1) for i in range(mask.shape[2])]
         return jnp.where(mask.any(1)[:, :, None], jnp.stack(of_span, axis=1), 0)
     if pooling in ("mean", "first_last"):
+        count: jax.Array = jnp.maximum(mask.sum(1)[:, :, None], 1)
+        if weight is not None:
+            x = x * weight[:, :, None]
+            count = jnp.maximum((mask * weight[:, :, None]).sum(1)[:, :, None], 1e-9)
         if mask.shape[2] == 1:  # faster than the product: the gradient of a sum is a broadcast, that of a product a transpose
             total = jnp.where(mask, x, 0).sum(1, keepdims=True, dtype=jnp.float32)
         else:
             total = jnp.einsum("gtp,gtd->gpd", mask.astype(x.dtype), x, preferred_element_type=jnp.float32)
-        return total / jnp.maximum(mask.sum(1)[:, :, None], 1)
+        return total / count
     token = jnp.arange(x.shape[1])[:, None]
     index = jnp.where(mask, token, x.shape[1] - 1).min(1) if pooling == "cls" else jnp.where(mask, token, 0).max(1)  # [g p]
     return jnp.take_along_axis(x, index[:, :, None], axis=1)
@@ -178,6 +186,8 @@ def check_model(config: ConfigDict) -> None:
     check_mixer(config)
     if config.dense and config.embedding_dim:
         raise UserError(f"config.model.embedding_dim={config.embedding_dim}: config.model.dense decides the width; set it to 0")
+    if config.token_weights and (config.pooling != "mean" or config.latent):
+        raise UserError("config.model.token_weights: needs config.model.pooling='mean' and config.model.latent=0")
     if config.latent and (config.latent_layers > config.num_layers or dense_layers(config) or config.mixer != "attention"):
         raise UserError(
             f"config.model.latent={config.latent}: needs config.model.latent_layers={config.latent_layers} or more layers of "

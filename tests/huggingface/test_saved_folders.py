@@ -122,6 +122,19 @@ def test_row_7_layers_one_after_another(plain: pathlib.Path, tmp_path: pathlib.P
     check(model, tmp_path / "modern")
 
 
+def test_weights_of_tokens(plain: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    known = {word: 0.1 * number for number, word in enumerate(WORDS[:-3], 1)}  # the others have the weight of unknown words
+    words = st.sentence_transformer.modules.WordWeights(list(WORDS), known, unknown_word_weight=2.5)
+    for layers in ([], [dense(16, 12, torch.nn.Tanh())]):
+        folder = tmp_path / f"layers{len(layers)}"
+        loaded = check(save(plain, folder, "bert", words, pooling("mean"), *layers), folder)
+        assert loaded.model_config.token_weights
+    weightless = st.sentence_transformer.modules.WordWeights(list(WORDS), known | {"cat": 0.0})
+    save(plain, tmp_path / "zero", "bert", weightless, pooling("mean"))
+    with pytest.raises(UserError, match="config.json: the weight of 'cat' is not above 0"):
+        text_model.load(f"hf:{tmp_path / 'zero'}")
+
+
 def test_row_7_prompts_are_those_of_sentence_transformers(plain: pathlib.Path, tmp_path: pathlib.Path) -> None:
     cases = [
         {"query": "a cat ", "passage": "the dog "},

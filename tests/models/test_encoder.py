@@ -192,6 +192,28 @@ def test_packed_rows_may_be_longer_than_the_table_of_learned_positions() -> None
     np.testing.assert_allclose(packed, expected, atol=1e-6)
 
 
+def test_token_weights_make_a_weighted_mean() -> None:
+    model, params = make_model(model_config(token_weights=True))
+    tokens, mask = make_rows()
+    states = np.asarray(model.encode(params, tokens, mask).states, np.float64)
+    weight = np.exp(np.asarray(params["token_weight"], np.float64))[tokens] * mask
+    expected = np.einsum("nl,nld->nd", weight, states)
+    expected /= np.linalg.norm(expected, axis=-1, keepdims=True)
+    np.testing.assert_allclose(model.apply(params, tokens, mask), expected, atol=1e-6)
+    # The spans of rows 1 and 2 in one row have the same vectors.
+    packed, segment = np.zeros((1, LENGTH), np.int32), np.zeros((1, LENGTH), np.int32)
+    for number, (row, begin, size) in enumerate(((1, 0, 3), (2, 3, 7)), 1):
+        packed[0, begin : begin + size], segment[0, begin : begin + size] = tokens[row, :size], number
+    of_spans = model.encode(params, packed, segment, packing=(2, 1)).z
+    np.testing.assert_allclose(of_spans, expected[1:3], atol=1e-6)
+
+
+@pytest.mark.parametrize("changes", [{"pooling": "cls"}, {"latent": 8}])
+def test_token_weights_need_a_mean(changes: dict) -> None:
+    with pytest.raises(UserError, match="config.model.token_weights: needs config.model.pooling='mean'"):
+        encoder.make_encoder(model_config(token_weights=True, **changes), VOCAB)
+
+
 def test_dropout_depends_on_its_random_key() -> None:
     model, params = make_model(model_config(dropout=0.2, attention_dropout=0.1))
     tokens, mask = make_rows()
