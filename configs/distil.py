@@ -15,7 +15,7 @@ from contrastive_jax.config import with_variant
 
 SIMILARITY = {"objective.name": "similarity", "model.num_layers": 0, "model.d_model": 64}
 VARIANTS = {
-    "similarity": SIMILARITY | {"memory.source": "runs/debug"},
+    "similarity": SIMILARITY | {"memory.source": "runs/local"},
     "tokens": {"tokens.name": "distil", "memory.source": "runs/noise-mlm"},
 }
 

@@ -1,6 +1,6 @@
-"""Supervised pairs, five ways, from a run that was trained without labels (--config.init_from=runs/debug).
+"""Supervised pairs, five ways, from a run that was trained without labels (--config.init_from=runs/local).
 
-    contrastive-jax prepare --pairs='nli/*.jsonl' --tokenizer=runs/debug --output=data/nli
+    contrastive-jax prepare --pairs='nli/*.jsonl' --tokenizer=runs/local --output=data/nli
     contrastive-jax train --config=configs/labelled.py:softmax --workdir=runs/nli --config.data.dir=data/nli
 
 infonce: with a hard negative, as in supervised SimCSE (arXiv 2104.08821). softmax: a classifier of [u, v, |u - v|] (SBERT,

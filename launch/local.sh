@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on this machine, on its CPU or on one GPU if it has any. Needs only python3 and pip.
 #
-#   bash launch/local.sh                                             the debug recipe, on text of this Python installation
+#   bash launch/local.sh                                             the recipe local, on text of this Python installation
 #   bash launch/local.sh --config=configs/X.py --config.key=value    any recipe and values; --workdir=DIR chooses the folder
 #
 # Run again, it reuses the virtual environment and the data, and the run continues from its newest checkpoint.
@@ -24,7 +24,7 @@ for argument in "$@"; do
   esac
 done
 if [[ -z "$config" ]]; then
-  config=configs/debug.py
+  config=configs/local.py
   set -- "--config=$config" "$@"
 fi
 name="$(basename "${config%%:*}" .py)"
