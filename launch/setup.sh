@@ -55,7 +55,8 @@ install_package() {
   local lock="$1"
   echo "== installing into $venv: ${lock:-the versions that setup.cfg allows, since there is no lock file}"
   if [[ -n "$lock" ]]; then
-    "$venv/bin/python" -m pip install --quiet --requirement "$lock"
+    # Not all that is installed is imported: what is, Python compiles then.
+    "$venv/bin/python" -m pip install --quiet --no-compile --requirement "$lock"
     "$venv/bin/python" -m pip install --quiet --no-deps --editable .
   else
     "$venv/bin/python" -m pip install --quiet --editable ".${extra:+[$extra]}"
