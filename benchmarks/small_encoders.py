@@ -21,7 +21,7 @@ from benchmarks import common
 
 DATA = flags.DEFINE_string("data", None, "Prepared dataset.", required=True)
 OUTPUT = flags.DEFINE_string("output", "build/small_encoders", "Folder of the runs, the table and the plot.")
-RECIPE = flags.DEFINE_string("recipe", "debug", "The recipe, NAME or NAME:VARIANT of configs/, that candidates change.")
+RECIPE = flags.DEFINE_string("recipe", "local", "The recipe, NAME or NAME:VARIANT of configs/, that candidates change.")
 MINUTES = flags.DEFINE_float("minutes", 3.0, "Minutes of steps per candidate and seed.")
 SEEDS = flags.DEFINE_list("seeds", ["0"], "Seeds of each candidate.")
 ONLY = flags.DEFINE_list("only", None, "Candidates to run; by default all.")
@@ -33,19 +33,19 @@ PROBE_STEPS = 12
 # Candidate → what it changes in the recipe.
 CANDIDATES: dict[str, dict[str, Any]] = {
     "the recipe": {},
-    "bag": {"model.num_layers": 0, "model.position": "none", "model.final_norm": False, "model.embedding_dim": 0},
-    "whole heads": {"model.num_heads": 4, "model.num_kv_heads": 4, "model.head_dim": 64},
-    "convolution": {"model.mixer": "conv", "model.local_window": 2, "model.position": "none"},
-    "two layers": {"model.num_layers": 2},
-    "no feed-forward": {"model.mlp": "none"},
-    "wide feed-forward": {"model.d_ff": 1024},
+    "bag": {"model.num_layers": 0, "model.position": "none", "model.final_norm": False, "model.token_weights": False},
+    "all tokens count alike": {"model.token_weights": False},
     "no final norm": {"model.final_norm": False},
-    "no projection": {"model.embedding_dim": 0},
+    "two heads": {"model.num_heads": 2},
+    "whole heads": {"model.num_heads": 4, "model.num_kv_heads": 4, "model.head_dim": 64},
+    "wide feed-forward": {"model.d_ff": 512},
+    "two layers": {"model.num_layers": 2},
+    "convolution": {"model.mixer": "conv", "model.local_window": 2, "model.position": "none", "model.mlp": "none"},
     "branches begin random": {"model.zero_init_branches": False},
-    "layers at the full rate": {"optim.learning_rate_rules": ((".*", 1.0),)},
-    "layers at a 30th of the rate": {"optim.learning_rate_rules": (("blocks", 0.03), (".*", 1.0))},
-    "half the batch": {"data.batch_size": 128},
-    "twice the batch": {"data.batch_size": 512},
+    "layers at the full rate": {"optim.learning_rate_rules": (("token_weight", 5.0), (".*", 1.0))},
+    "negatives of one side": {"objective.pairing": "first"},
+    "half the batch": {"data.batch_size": 256},
+    "twice the batch": {"data.batch_size": 1024},
     "no dropout": {"model.dropout": 0.0},
     "more dropout": {"model.dropout": 0.2},
 }

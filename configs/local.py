@@ -16,8 +16,8 @@ def get_config() -> ConfigDict:
     config = default_config()
     config.update(steps=170, eval_every=85, checkpoint_every=85)
     config.data.batch_size = 512
-    # One head of 32 and a feed-forward a quarter as wide as the stream: a larger block takes more time per pair, and in the same
-    # time learns less from fewer pairs.
+    # One head of 32 and a feed-forward a quarter as wide as the stream: a larger block takes more time per pair, and in the
+    # same time learns less from fewer pairs.
     config.model.update(num_layers=1, num_heads=1, num_kv_heads=1, head_dim=32, d_ff=64, dropout=0.1)
     config.model.update(zero_init_branches=True, token_weights=True)
     config.objective.pairing = "both"  # twice the negatives at the price of a product

@@ -151,5 +151,5 @@ def test_a4_b5_workers_install_a_named_python_and_the_versions_of_the_lock_file(
     called = log.read_text() + done.stderr
     assert expected in called
     if downloads:
-        assert "-m pip install --quiet --requirement launch/locks/tpu-3.12.txt" in called
+        assert "-m pip install --quiet --no-compile --requirement launch/locks/tpu-3.12.txt" in called
         assert "-m pip install --quiet --no-deps --editable ." in called
