@@ -4,6 +4,7 @@ from contrastive_jax.config.rules import (
     LAYERS,
     NUMBER,
     NUMBER_OR_NONE,
+    OPTIONS,
     SIZES,
     Key,
     Rule,
@@ -48,6 +49,9 @@ KEYS = {
     # gradient are the same; it costs one more forward pass. At most one of the two may be set; both 0: the whole batch.
     "micro_batch": Key(0, at_least(0)),
     "micro_batch_tokens": Key(0, at_least(0)),
+    # Options of XLA for the step, as (name, value) pairs, which win over those of training/compiler_options.py:
+    # (("xla_tpu_scoped_vmem_limit_kib", "65536"),). An option of another platform than the run's is left out.
+    "xla_options": Key((), OPTIONS),
     # The folder of a prepared dataset (`contrastive-jax prepare`). Several, separated by commas, must have one tokenizer.
     "data.dir": Key("data/python"),
     # The local folder to which each machine copies a dataset from a bucket, to read it there. Empty: gs:// is read in place, a
@@ -197,6 +201,10 @@ KEYS = {
     # What the backward pass recomputes: "none", "dots" (all but matrix products and attention), "attention" (all but
     # attention) or "full". Saving more is not always faster: the loop over layers writes what it saves and reads it back.
     "model.remat": Key("none", choice("none", "dots", "attention", "full")),
+    # What it does not recompute besides, as (name, blocks) pairs, in the first so many blocks: "query", "key", "value" (after
+    # the rotation by position), "out" (attention's result), "up" (before the MLP's activation). (("query", 24), ("up", 2)) may
+    # fill the memory that is left. Where the blocks are a loop (scan), all of them save the same.
+    "model.saved": Key((), pairs(str)),
     # Run the blocks as one loop (lax.scan). Without it a step is faster, but compile time grows with the number of layers.
     "model.scan": Key(True),
     # Type of activations and matrix products; parameters, norms and softmax stay float32.

@@ -73,6 +73,12 @@ def pairs(kind: type) -> Rule:
     return Rule(f"give ({name}, number) pairs, as in [({name}, 1.0), ({name}, 0.5)]", holds)
 
 
+def options(value: Any) -> bool:
+    """Whether the value is a sequence of (name, text) pairs."""
+    return all(isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(x, str) for x in pair) for pair in value)
+
+
+OPTIONS = Rule("give (name, value) pairs of texts, as in (('xla_tpu_scoped_vmem_limit_kib', '65536'),)", options)
 NUMBER = Rule("must be a finite number", is_number)
 NUMBER_OR_NONE = Rule("must be a finite number, or None", lambda value: value is None or is_number(value))
 SIZES = Rule("give positive sizes, as in (512, 128)", lambda v: all(isinstance(x, int) and x > 0 for x in v))

@@ -184,6 +184,7 @@ def check_model(config: ConfigDict) -> None:
     if config.position == "rotary" and config.head_dim % 2:
         raise UserError(f"config.model.head_dim={config.head_dim} must be even because config.model.position='rotary'")
     check_mixer(config)
+    check_saved(config)
     if config.dense and config.embedding_dim:
         raise UserError(f"config.model.embedding_dim={config.embedding_dim}: config.model.dense decides the width; set it to 0")
     if config.token_weights and (config.pooling != "mean" or config.latent):
@@ -193,6 +194,18 @@ def check_model(config: ConfigDict) -> None:
             f"config.model.latent={config.latent}: needs config.model.latent_layers={config.latent_layers} or more layers of "
             "attention, and config.model.embedding_dim=0 and config.model.dense=()"
         )
+
+
+def check_saved(config: ConfigDict) -> None:
+    """Raises UserError unless `config.saved` names what blocks have, where it is recomputed otherwise."""
+    names, shares = ("query", "key", "value", "out", "up"), [blocks for _, blocks in config.saved]
+    for wrong, need in (
+        (any(name not in names for name, _ in config.saved), f"names among {', '.join(names)}"),
+        (config.remat == "none", "config.model.remat='full', 'attention' or 'dots': 'none' saves everything"),
+        (config.scan and min(shares, default=config.num_layers) < config.num_layers, "config.model.scan=False, or all blocks"),
+    ):
+        if config.saved and wrong:
+            raise UserError(f"config.model.saved={config.saved}: needs {need}")
 
 
 def make_encoder(config: ConfigDict, vocab_size: int, layout: Layout = ONE_DEVICE) -> Encoder:

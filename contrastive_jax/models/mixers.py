@@ -26,7 +26,8 @@ from contrastive_jax.models.layer_context import LayerContext
 from contrastive_jax.models.layers import Linear, Norm, kernel_init, parameter
 from contrastive_jax.runtime.layout import Layout
 
-# The name of attention's output before its projection, for the policies of `transformer.rematerialize`.
+# The name of attention's output before its projection, for the policies of `transformer.rematerialize`. The other names of what
+# a block computes are those of config.model.saved.
 ATTENTION_OUTPUT = "attention_output"
 # The mixers with a structure over all pairs of places in a row, learned or not.
 FIXED_LENGTH = {"fourier", "linear", "mlp", "gmlp", "amlp"}
@@ -81,9 +82,10 @@ class Attention(nnx.Module):
                 with jax.named_scope("rope"):
                     query = ops.rotate(query, context.position, context.theta)
                     key = ops.rotate(key, context.position, context.theta)
+            query, key, value = map(checkpoint_name, (query, key, value), ("query", "key", "value"))
             mixed = self.attend(query, key, value, context).reshape(*x.shape[:2], -1)  # [n l h k] -> [n l h·k]
             with jax.named_scope("out"):
-                return self.out(checkpoint_name(mixed, ATTENTION_OUTPUT))
+                return checkpoint_name(self.out(checkpoint_name(mixed, ATTENTION_OUTPUT)), "out")
 
 
 class Fourier(nnx.Module):

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.nn import initializers
 from ml_collections import ConfigDict
 
@@ -47,7 +48,7 @@ class Mlp(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x[n l d] to [n l d]."""
         with jax.named_scope("mlp"):
-            y = self.up(x)
+            y = checkpoint_name(self.up(x), "up")
             return self.down(self.activation(y) if self.gate is None else self.activation(self.gate(x)) * y)
 
 
@@ -193,25 +194,25 @@ class Transformer(nnx.Module):
             return (x, first if first is None else jnp.where(number == 0, x, first), latents), None
 
         rngs = None if context.noise is None else context.noise.rng
-        layers, apply_block = (stacked_params, rngs, jnp.arange(config.num_layers)), rematerialize(apply_block, config.remat)
+        layers = (stacked_params, rngs, jnp.arange(config.num_layers))
         latents = jnp.zeros((len(x), config.latent_layers, config.latent)) if config.latent else None
         states: Any = (x, x if config.pooling == "first_last" else None, latents)
         if config.scan:
-            return jax.lax.scan(apply_block, states, layers)[0]
+            return jax.lax.scan(rematerialize(apply_block, config, 0), states, layers)[0]
         for number in range(config.num_layers):
-            states, _ = apply_block(states, jax.tree.map(lambda leaf, i=number: leaf[i], layers))
+            states, _ = rematerialize(apply_block, config, number)(states, jax.tree.map(lambda leaf, i=number: leaf[i], layers))
         return states
 
 
-def rematerialize(apply_block: Callable, policy: str) -> Callable:
-    """Makes the backward pass of a block recompute what `policy`, a value of `config.remat`, does not save."""
-    if policy == "none":
+def rematerialize(apply_block: Callable, config: ConfigDict, number: int) -> Callable:
+    """Makes the backward pass of block `number` recompute what neither `config.remat` nor `config.saved` saves."""
+    if config.remat == "none":
         return apply_block
     policies = jax.checkpoint_policies
-    save_attention = policies.save_only_these_names(ATTENTION_OUTPUT)
-    chosen = {
-        "dots": policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, save_attention),
-        "attention": save_attention,
-        "full": policies.nothing_saveable,
-    }[policy]
-    return jax.checkpoint(apply_block, policy=chosen)
+    names = [name for name, blocks in config.saved if number < blocks]
+    save_named = policies.save_only_these_names(*names, *[ATTENTION_OUTPUT] * (config.remat != "full"))
+    save_products = policies.dots_with_no_batch_dims_saveable
+    return jax.checkpoint(
+        apply_block,
+        policy=policies.save_from_both_policies(save_products, save_named) if config.remat == "dots" else save_named,
+    )

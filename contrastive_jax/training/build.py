@@ -226,7 +226,7 @@ def build(
             train_step,
             donate_argnums=0,
             out_shardings=(placement, sharding.replicated(mesh), batch_sharding),
-            compiler_options=compiler_options.options_for(mesh),
+            compiler_options=compiler_options.options_for(mesh, config.xla_options),
         ),
         encoder=model.encoder,
         schedule=optim.make_schedule(config.optim, config.steps),

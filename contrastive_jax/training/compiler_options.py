@@ -1,11 +1,14 @@
 """XLA's options for the train step: what its defaults leave slow, by platform, and which of them the installed XLA knows."""
 
 import os
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from absl import logging
 from jax.sharding import Mesh, SingleDeviceSharding
+
+from contrastive_jax.config import UserError
 
 Options = dict[str, bool | int | str]
 
@@ -33,11 +36,22 @@ GPU_OPTIONS: tuple[Options, ...] = (
 )
 
 
-def options_for(mesh: Mesh) -> Options | None:
+# The platform of an option by how its name begins; any other is for all.
+PLATFORMS = {"xla_tpu_": "tpu", "xla_jf_": "tpu", "xla_gpu_": "gpu", "xla_cpu_": "cpu"}
+
+
+def options_for(mesh: Mesh, chosen: Sequence[tuple[str, str]] = ()) -> Options | None:
     """Returns the options with which the train step is compiled for the devices of a mesh; None: XLA's defaults.
 
     XLA refuses to compile with an option that it does not know, and its options come and go with its versions: an unknown one
     is left out, with a warning. An option that the environment variable XLA_FLAGS names stays as it is set there.
+
+    Args:
+      mesh: the mesh.
+      chosen: `config.xla_options`, which win over the ones that are set here.
+
+    Raises:
+      UserError: XLA refuses the value of one of them.
     """
     entries: tuple[Options, ...] = ()
     platform = mesh.devices.flat[0].platform
@@ -47,7 +61,16 @@ def options_for(mesh: Mesh) -> Options | None:
         entries = GPU_OPTIONS
     flags = os.environ.get("XLA_FLAGS", "") + os.environ.get("LIBTPU_INIT_ARGS", "")
     entries = tuple(names for names in entries if not any(name in flags for name in names))
-    return known_options(entries, mesh) or None
+    kind = "gpu" if platform == "cuda" else platform
+    own: dict[str, Options] = {}
+    for name, value in chosen:
+        if next((owner for prefix, owner in PLATFORMS.items() if name.startswith(prefix)), kind) == kind:
+            own[name] = {name: {"true": True, "false": False}.get(value, value)}
+    try:
+        options = known_options(tuple(own.values()), mesh)
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"config.xla_options={tuple(chosen)}: {error}") from error
+    return known_options(tuple(names for names in entries if not own.keys() & names.keys()), mesh) | options or None
 
 
 def known_options(entries: tuple[Options, ...], mesh: Mesh) -> Options:

@@ -146,16 +146,50 @@ def test_zero_initialised_branches_start_as_a_bag_of_embeddings() -> None:
     np.testing.assert_allclose(model.apply(params, tokens, mask, None), bag.apply(table, tokens, mask, None), atol=1e-6)
 
 
-@pytest.mark.parametrize(("remat", "scan"), [("dots", True), ("attention", False), ("full", True)])
-def test_rematerialisation_and_the_loop_over_layers_change_no_gradient(remat: str, scan: bool) -> None:
+SAVED = (("query", 1), ("up", 2))
+
+
+@pytest.mark.parametrize(
+    ("remat", "scan", "saved"),
+    [
+        ("dots", True, ()),
+        ("attention", False, SAVED),
+        ("full", True, ()),
+        ("full", True, (("value", 2),)),
+        ("full", False, SAVED),
+    ],
+)
+def test_rematerialisation_and_the_loop_over_layers_change_no_gradient(remat: str, scan: bool, saved: tuple) -> None:
     tokens, mask = make_rows()
 
     def gradient(config: ConfigDict) -> dict:
         model, params = make_model(config)
         return jax.jit(jax.grad(lambda p: jnp.sum(model.apply(p, tokens, mask, jax.random.key(5))[:, :3])))(params)
 
-    plain, again = gradient(model_config(dropout=0.2)), gradient(model_config(dropout=0.2, remat=remat, scan=scan))
+    plain = gradient(model_config(dropout=0.2))
+    again = gradient(model_config(dropout=0.2, remat=remat, scan=scan, saved=saved))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), plain, again)
+
+
+def test_what_is_saved_is_not_computed_again() -> None:
+    tokens, mask = make_rows()
+
+    def products(saved: tuple) -> int:
+        model = encoder.make_encoder(model_config(remat="full", scan=False, saved=saved), VOCAB)
+        params = jax.eval_shape(model.init, jax.random.key(0))
+        gradient = jax.jit(jax.grad(lambda p: jnp.sum(model.apply(p, tokens, mask)[:, :3])))
+        return gradient.lower(params).as_text().count("stablehlo.dot_general")
+
+    nothing = products(())
+    assert products((("up", 1),)) == nothing - 1 and products((("up", 2), ("query", 1), ("value", 2))) == nothing - 5
+
+
+@pytest.mark.parametrize(
+    "changes", [{"saved": (("mixed", 2),)}, {"saved": SAVED, "remat": "none"}, {"saved": SAVED, "scan": True}]
+)
+def test_saves_that_cannot_be_are_refused(changes: dict) -> None:
+    with pytest.raises(UserError, match=r"config.model.saved=\(\(.*needs"):
+        encoder.make_encoder(model_config(**{"remat": "full", "scan": False} | changes), VOCAB)
 
 
 def test_local_layers_attend_within_their_window_and_rotate_by_their_own_theta() -> None:

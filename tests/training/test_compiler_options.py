@@ -7,6 +7,7 @@ import pytest
 from conftest import recipe
 from ml_collections import ConfigDict
 
+from contrastive_jax.config import UserError
 from contrastive_jax.planning import hardware
 from contrastive_jax.runtime import sharding
 from contrastive_jax.training import compiler_options
@@ -50,6 +51,26 @@ def test_only_several_gpus_and_what_the_user_did_not_set(monkeypatch: pytest.Mon
     assert "xla_gpu_enable_latency_hiding_scheduler" not in options
     Gpus.size = 1
     assert compiler_options.options_for(Gpus()) is None  # type: ignore[arg-type]
+
+
+def test_the_options_of_a_run_win_on_their_platform(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = (("xla_gpu_autotune_level", "0"), ("xla_cpu_enable_fast_math", "false"), ("xla_cpu_of_tomorrow", "1"))
+    assert compiler_options.options_for(sharding.make_mesh(MESH), chosen) == {"xla_cpu_enable_fast_math": False}
+    with pytest.raises(UserError, match=r"config.xla_options=.*'perhaps' is not a valid bool"):
+        compiler_options.options_for(sharding.make_mesh(MESH), (("xla_cpu_enable_fast_math", "perhaps"),))
+
+    class Device:
+        platform, process_index = "tpu", 0
+
+    class Tpus:
+        size = 8
+        devices = type("Devices", (), {"flat": [Device()]})
+
+    monkeypatch.setattr(
+        compiler_options, "known_options", lambda entries, _: {k: v for each in entries for k, v in each.items()}
+    )
+    name = next(iter(compiler_options.TPU_OPTIONS[0]))
+    assert compiler_options.options_for(Tpus(), ((name, "7"), ("xla_tpu_a", "1"))) == {name: "7", "xla_tpu_a": "1"}  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
