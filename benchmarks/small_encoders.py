@@ -130,7 +130,7 @@ def main(argv: list[str]) -> None:
                 (folder / "results.json").write_text(json.dumps(stored, indent=1))
                 top1 = result["query_key/mean/top1"]
                 print(f"{key}: top-1 {100 * top1:.1f} % after {result['minutes']:.1f} minutes", flush=True)
-    print(write_report(stored["rows"], folder))
+    print(write_report(stored["rows"], folder), end="")
 
 
 if __name__ == "__main__":
