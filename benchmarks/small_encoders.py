@@ -4,7 +4,7 @@
 
 Every candidate changes one thing in the recipe. Its steps, and so its schedule, are as many as the minutes hold by a short run
 before it: only the time of steps counts, neither compilation nor evaluation. Writes OUTPUT/small_encoders.md and .png; a
-candidate that is done is not run again. The default takes 5 minutes per candidate and seed on 2 cores.
+candidate that is done is not run again. A candidate also takes two starts with compilation, and six evaluations.
 """
 
 import json

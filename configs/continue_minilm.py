@@ -6,7 +6,7 @@
     contrastive-jax train --config=configs/continue_minilm.py --config.init_from=hf:$MINILM --config.data.dir=data/minilm
 
 Six layers of width 384, 22 million weights. With --config.model.products=bfloat16 one core of a Xeon with AMX took 33 minutes
-for 19,200 pairs of technical manuals and other prose (two cores: 18 by their speed in a short run). Query-key top-5 / top-1
+for 19,200 pairs of technical manuals and other prose (two cores: 19 by their speed in a short run). Query-key top-5 / top-1
 rises from 82.7 / 62.7 to 88.7 / 69.2 %, STS-B as well, and search for texts of another kind falls (docs/results.md).
 """
 

@@ -55,7 +55,7 @@ install_package() {
   local lock="$1"
   echo "== installing into $venv: ${lock:-the versions that setup.cfg allows, since there is no lock file}"
   if [[ -n "$lock" ]]; then
-    # Not all that is installed is imported: what is, Python compiles then.
+    # pip would compile every module; Python compiles those that are imported anyway, at their first import.
     "$venv/bin/python" -m pip install --quiet --no-compile --requirement "$lock"
     "$venv/bin/python" -m pip install --quiet --no-deps --editable .
   else

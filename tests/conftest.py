@@ -45,6 +45,7 @@ NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 MODULES = {name: importlib.import_module(f"configs.{name}") for name in NAMES}
 VARIANTS = {name: [*module.VARIANTS] for name, module in MODULES.items() if hasattr(module, "VARIANTS")} | {"cpt_text": ["s"]}
 RECIPES = [(name, argument) for name in NAMES for argument in VARIANTS.get(name, [""])]
+SMALL_RECIPES = [each for each in RECIPES if "_text" not in each[0] and "_base" not in each[0]]  # one device can hold a step
 
 
 def write_dataset(

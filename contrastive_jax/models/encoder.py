@@ -197,8 +197,9 @@ def check_model(config: ConfigDict) -> None:
 
 
 def check_saved(config: ConfigDict) -> None:
-    """Raises UserError unless `config.saved` names what blocks have, where it is recomputed otherwise."""
-    names, shares = ("query", "key", "value", "out", "up"), [blocks for _, blocks in config.saved]
+    """Raises UserError if `config.saved` has a name that no block has, or could have no effect."""
+    names = [*("query", "key", "value", "out") * (config.mixer == "attention"), *["up"] * (config.mlp != "none")]
+    shares = [blocks for _, blocks in config.saved]
     for wrong, need in (
         (any(name not in names for name, _ in config.saved), f"names among {', '.join(names)}"),
         (config.remat == "none", "config.model.remat='full', 'attention' or 'dots': 'none' saves everything"),

@@ -185,7 +185,14 @@ def test_what_is_saved_is_not_computed_again() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"saved": (("mixed", 2),)}, {"saved": SAVED, "remat": "none"}, {"saved": SAVED, "scan": True}]
+    "changes",
+    [
+        {"saved": (("mixed", 2),)},
+        {"saved": SAVED, "remat": "none"},
+        {"saved": SAVED, "scan": True},
+        {"saved": SAVED, "mixer": "conv", "local_window": 2, "position": "none"},
+        {"saved": SAVED, "mlp": "none"},
+    ],
 )
 def test_saves_that_cannot_be_are_refused(changes: dict) -> None:
     with pytest.raises(UserError, match=r"config.model.saved=\(\(.*needs"):

@@ -10,7 +10,7 @@ import jax
 import jaxlib
 import numpy as np
 import pytest
-from conftest import RECIPES, recipe
+from conftest import SMALL_RECIPES, recipe
 from ml_collections import ConfigDict
 
 from contrastive_jax.planning import plan
@@ -18,7 +18,6 @@ from contrastive_jax.runtime import sharding
 from contrastive_jax.training import build
 
 WRONG = "0.10.2"
-SMALL = [each for each in RECIPES if "_text" not in each[0] and "_base" not in each[0]]
 HAVE_SUCH_CALLS = (("distil", "tokens"), ("mixers", "external"))  # of 16,384 sums of 64 summands or more
 KNOWN = pytest.mark.xfail(strict=True, reason="sums of products, of more summands than were ever wrong")
 
@@ -54,7 +53,7 @@ def test_the_wrong_sum_of_a_product_is_one_call() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(jaxlib.__version__ != WRONG, reason="this jaxlib sums correctly")
 @pytest.mark.parametrize(
-    ("name", "argument"), [pytest.param(*each, marks=[KNOWN] * (each in HAVE_SUCH_CALLS)) for each in SMALL]
+    ("name", "argument"), [pytest.param(*each, marks=[KNOWN] * (each in HAVE_SUCH_CALLS)) for each in SMALL_RECIPES]
 )
 def test_no_step_of_a_recipe_has_such_a_call(name: str, argument: str) -> None:
     config = recipe(name, *[argument] * bool(argument))

@@ -7,7 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from conftest import RECIPES, VARIANTS, recipe, shrink, trace
+from conftest import RECIPES, SMALL_RECIPES, VARIANTS, recipe, shrink, trace
 from etils import epath
 from exporting import check_export
 from transfers import like_an_accelerator
@@ -20,9 +20,8 @@ from contrastive_jax.training.step import TrainState
 
 def quick() -> list:
     """The recipes that are not too large, of which all variants but the first are slow tests."""
-    small = [each for each in RECIPES if "_text" not in each[0] and "_base" not in each[0]]
-    first = dict(reversed(small))
-    return [each if first[each[0]] == each[1] else pytest.param(*each, marks=pytest.mark.slow) for each in small]
+    first = dict(reversed(SMALL_RECIPES))
+    return [each if first[each[0]] == each[1] else pytest.param(*each, marks=pytest.mark.slow) for each in SMALL_RECIPES]
 
 
 @pytest.mark.parametrize(("name", "argument"), quick())

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import RECIPES, recipe
+from conftest import SMALL_RECIPES, recipe
 from ml_collections import ConfigDict
 
 from contrastive_jax.data import pieces
@@ -14,7 +14,6 @@ from contrastive_jax.data.batch import Batch
 from contrastive_jax.runtime import sharding
 from contrastive_jax.training import build, optim
 
-SMALL = [each for each in RECIPES if "_text" not in each[0] and "_base" not in each[0]]
 VOCABULARY = 8192
 # A batch of so many pairs of two rows of 64 tokens has more tokens than XLA's wrong sums began at: 32,768.
 PAIRS = 320
@@ -47,7 +46,7 @@ def make_batch(config: ConfigDict, shapes: Batch) -> Batch:
 
 # The temperature's gradient is a sum that nearly cancels: its error was 1.02e-5 of it with rounding alone.
 NEARLY_CANCELS = pytest.mark.xfail(strict=False, reason="rounding of the gradient of the temperature")
-MARKED = [pytest.param(*each, marks=[NEARLY_CANCELS] * (each == ("mixers", "bilstm"))) for each in SMALL]
+MARKED = [pytest.param(*each, marks=[NEARLY_CANCELS] * (each == ("mixers", "bilstm"))) for each in SMALL_RECIPES]
 
 
 @pytest.mark.slow
@@ -74,5 +73,4 @@ def test_loss_and_gradient_of_a_step_are_those_of_float64(name: str, argument: s
         # The gradient of a key's bias, for example, is 0: what rounding leaves of it is compared with the whole gradient.
         difference = np.linalg.norm(np.asarray(ours, np.float64) - exact)
         errors[sharding.path_of(path)] = difference / max(np.linalg.norm(exact), 1e-3 * whole)
-    print(name, argument, sorted(errors.items(), key=lambda x: -x[1])[:3])
     assert whole > 0 and {path: error for path, error in errors.items() if not error < 1e-5} == {}
