@@ -43,15 +43,16 @@ PLATFORMS = {"xla_tpu_": "tpu", "xla_jf_": "tpu", "xla_gpu_": "gpu", "xla_cpu_":
 def options_for(mesh: Mesh, chosen: Sequence[tuple[str, str]] = ()) -> Options | None:
     """Returns the options with which the train step is compiled for the devices of a mesh; None: XLA's defaults.
 
-    XLA refuses to compile with an option that it does not know, and its options come and go with its versions: an unknown one
-    is left out, with a warning. An option that the environment variable XLA_FLAGS names stays as it is set there.
+    XLA refuses to compile with an option that it does not know, and its options come and go with its versions: of those set
+    here, an unknown one is left out, with a warning. An option that the environment variable XLA_FLAGS names stays as it is set
+    there.
 
     Args:
       mesh: the mesh.
-      chosen: `config.xla_options`, which win over the ones that are set here.
+      chosen: `config.xla_options`, which win over the ones that are set here. Those of another platform are left out.
 
     Raises:
-      UserError: XLA refuses the value of one of them.
+      UserError: XLA does not know one of `chosen`, or refuses its value.
     """
     entries: tuple[Options, ...] = ()
     platform = mesh.devices.flat[0].platform
@@ -70,6 +71,8 @@ def options_for(mesh: Mesh, chosen: Sequence[tuple[str, str]] = ()) -> Options |
         options = known_options(tuple(own.values()), mesh)
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"config.xla_options={tuple(chosen)}: {error}") from error
+    if unknown := ", ".join(sorted(own.keys() - options.keys())):
+        raise UserError(f"config.xla_options: the installed XLA knows no option {unknown} for {kind}; leave it out")
     return known_options(tuple(names for names in entries if not own.keys() & names.keys()), mesh) | options or None
 
 

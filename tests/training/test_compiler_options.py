@@ -54,10 +54,12 @@ def test_only_several_gpus_and_what_the_user_did_not_set(monkeypatch: pytest.Mon
 
 
 def test_the_options_of_a_run_win_on_their_platform(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = (("xla_gpu_autotune_level", "0"), ("xla_cpu_enable_fast_math", "false"), ("xla_cpu_of_tomorrow", "1"))
+    chosen = (("xla_gpu_autotune_level", "0"), ("xla_cpu_enable_fast_math", "false"))
     assert compiler_options.options_for(sharding.make_mesh(MESH), chosen) == {"xla_cpu_enable_fast_math": False}
     with pytest.raises(UserError, match=r"config.xla_options=.*'perhaps' is not a valid bool"):
         compiler_options.options_for(sharding.make_mesh(MESH), (("xla_cpu_enable_fast_math", "perhaps"),))
+    with pytest.raises(UserError, match="config.xla_options: the installed XLA knows no option xla_cpu_of_tomorrow for cpu"):
+        compiler_options.options_for(sharding.make_mesh(MESH), (*chosen, ("xla_cpu_of_tomorrow", "1")))
 
     class Device:
         platform, process_index = "tpu", 0
