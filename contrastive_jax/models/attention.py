@@ -79,18 +79,38 @@ def plain(config: ConfigDict, query: jax.Array, key: jax.Array, value: jax.Array
         # [n l h k] -> [n l g r k] -> [n g r l k]
         grouped = query.reshape(n, length, g, h // g, k).transpose(0, 2, 3, 1, 4)
         key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)  # [n s g k] -> [n g s k]
-        scores = jnp.einsum("ngrlk,ngsk->ngrls", grouped, key, preferred_element_type=jnp.float32) / k**0.5
-        scores = jnp.where(attention_mask(config, context)[:, None, None], scores, MASKED)
-        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-        total = weights.sum(-1, keepdims=True)
-        weights = dropout(weights.astype(query.dtype), config.attention_dropout, context.noise)
+        scores = jnp.einsum("ngrlk,ngsk->ngrls", grouped, key, preferred_element_type=jnp.float32)
+        mask = attention_mask(config, context)[:, None, None]
+        weights, total = softmax_of(config, scores, mask, context, query.dtype)
         mixed = jnp.einsum("ngrls,ngsk->ngrlk", weights, value, preferred_element_type=jnp.float32) / total
         # [n g r l k] -> [n l g r k] -> [n l h k]
         return mixed.astype(query.dtype).transpose(0, 3, 1, 2, 4).reshape(n, length, h, k)
 
 
+def softmax_of(
+    config: ConfigDict, products: jax.Array, mask: jax.Array, context: LayerContext, dtype: jax.typing.DTypeLike
+) -> tuple[jax.Array, jax.Array]:
+    """Returns exp of the scores, with dropout, and its sums without dropout: the softmax is their quotient.
+
+    Args:
+      config: `config.model`.
+      products: of queries and keys, float32[n ... s]; the scores are these divided by √k.
+      mask: which key each query attends to, a bool array that broadcasts to `products`.
+      context: of the layer.
+      dtype: of the first result.
+
+    Returns:
+      [n ... s] in `dtype` and float32[n ... 1].
+    """
+    scores = jnp.where(mask, products / config.head_dim**0.5, MASKED)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    return dropout(weights.astype(dtype), config.attention_dropout, context.noise), weights.sum(-1, keepdims=True)
+
+
 def attention_mask(config: ConfigDict, context: LayerContext) -> jax.Array:
     """Returns which token attends to which, bool[n l s]: the same segment, no later token if causal, none beyond the window.
+
+    With `context.only` it has the one row of each token of that: bool[n 1 s].
 
     In a joined row with `config.part_mask` "full" all tokens of both parts attend to each other. With "prefix" (UniLM, Dong et
     al., arXiv 1905.03197, §2.3) the second part is causal and attends to the first, which does not attend to the second; with
@@ -98,8 +118,12 @@ def attention_mask(config: ConfigDict, context: LayerContext) -> jax.Array:
     """
     segment, window = context.segment, context.window
     query, key = segment[:, :, None], segment[:, None, :]
-    mask, place = query == key, jnp.arange(segment.shape[1])
+    place = jnp.arange(segment.shape[1])
     distance = place[:, None] - place
+    if context.only is not None:
+        query = jnp.take_along_axis(query, context.only[:, :, None], axis=1)
+        distance = context.only[:, :, None] - place
+    mask = query == key
     if context.joined and config.part_mask == "full":
         mask |= (query > 0) & (key > 0)
     elif context.joined:

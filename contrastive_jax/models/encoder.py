@@ -60,7 +60,7 @@ class Encoder(NamedTuple):
         `rng` is a random key for dropout; None: no dropout. `row`, int32[n], is each row's index in the global batch, on which
         its dropout depends; None: 0 ... n - 1. `packing` is (p, r): every r consecutive rows are a group of p spans. `joined`:
         segments 1 and 2 of a row are two texts, and the vector is that of the first.
-      encode: takes what `apply` takes → Encoding, for token losses.
+      encode: takes what `apply` takes, and states=True → Encoding, for token losses. states=False: as in `TextEncoder`.
       axes: the logical axes of each parameter, a nested dict like params.
     """
 
@@ -90,6 +90,7 @@ class TextEncoder(nnx.Module):
         noise: Noise | None = None,
         packing: tuple[int, int] = (1, 1),
         joined: bool = False,
+        states: bool = True,
     ) -> Encoding:
         """Encodes the spans of n rows.
 
@@ -99,18 +100,25 @@ class TextEncoder(nnx.Module):
           noise: the randomness of dropout. None: no dropout.
           packing: (p, r).
           joined: the rows have two parts, segments 1 and 2, and the vector is that of the first.
+          states: whether the token states are asked for. False: where a vector is the state of one token, the last block
+            computes no other, and the Encoding has it alone, [n 1 d].
 
         Returns:
           An Encoding, whose vectors are group by group, in each group in the order of the spans' numbers.
         """
         p, r = packing
-        x, latents = self.transformer(tokens, segment, position_in_span(segment) if p > 1 else None, noise, joined)
-        states = x
+        only = None
+        if not states and p * r == 1 and pools_one_token(self.config):
+            only = pooled_token(segment[:, :, None] == 1, self.config.pooling)[:, 0]  # [n 1] -> [n]
+        x, latents = self.transformer(tokens, segment, position_in_span(segment) if p > 1 else None, noise, joined, only)
+        token_states = x
         with jax.named_scope("pooling"):
             x = x.reshape(-1, r * x.shape[1], x.shape[2])  # [n l d] -> [g t d]
-            mask = segment.reshape(*x.shape[:2], 1) == jnp.arange(1, p + 1)  # [n l] -> [g t p]
+            mask = segment.reshape(len(x), -1, 1) == jnp.arange(1, p + 1)  # [n l] -> [g t p]
             x = jnp.tanh(x) if self.config.pool_tanh == "before" else x
-            if latents is None:
+            if only is not None:
+                x = x[:, 0].astype(jnp.float32)  # [n 1 d] -> [n d]
+            elif latents is None:
                 weight = None if self.token_weight is None else jnp.exp(self.token_weight[...])[tokens].reshape(x.shape[:2])
                 x = pool(x, mask, self.config.pooling, weight).astype(jnp.float32).reshape(-1, x.shape[2])  # [g p d] -> [g·p d]
             else:
@@ -120,7 +128,7 @@ class TextEncoder(nnx.Module):
                 x = getattr(self, name)(x)
                 x = jnp.tanh(x) if layer.activation == "tanh" else x
             z = x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-12))
-        return Encoding(z, states, self.transformer.table())
+        return Encoding(z, token_states, self.transformer.table())
 
 
 def position_in_span(segment: jax.Array) -> jax.Array:
@@ -156,9 +164,18 @@ def pool(x: jax.Array, mask: jax.Array, pooling: str, weight: jax.Array | None =
         else:
             total = jnp.einsum("gtp,gtd->gpd", mask.astype(x.dtype), x, preferred_element_type=jnp.float32)
         return total / count
-    token = jnp.arange(x.shape[1])[:, None]
-    index = jnp.where(mask, token, x.shape[1] - 1).min(1) if pooling == "cls" else jnp.where(mask, token, 0).max(1)  # [g p]
-    return jnp.take_along_axis(x, index[:, :, None], axis=1)
+    return jnp.take_along_axis(x, pooled_token(mask, pooling)[:, :, None], axis=1)
+
+
+def pooled_token(mask: jax.Array, pooling: str) -> jax.Array:
+    """Returns the first ("cls") or the last ("eos") token of each span, int32[g p], from bool[g t p]."""
+    token = jnp.arange(mask.shape[1])[:, None]
+    return jnp.where(mask, token, mask.shape[1] - 1).min(1) if pooling == "cls" else jnp.where(mask, token, 0).max(1)
+
+
+def pools_one_token(config: ConfigDict) -> bool:
+    """Returns whether a vector is the last block's state of one token, in an encoder with this `config.model`."""
+    return bool(config.num_layers) and config.pooling in ("cls", "eos") and not config.latent
 
 
 def pads_rows(config: ConfigDict) -> bool:
@@ -239,13 +256,14 @@ def make_encoder(config: ConfigDict, vocab_size: int, layout: Layout = ONE_DEVIC
         row: jax.Array | None = None,
         packing: tuple[int, int] = (1, 1),
         joined: bool = False,
+        states: bool = True,
     ) -> Encoding:
         row = jnp.arange(len(tokens), dtype=jnp.int32) if row is None else row
         noise = None if rng is None else Noise(rng, row)
-        return nnx.merge(graphdef, params)(tokens, segment.astype(jnp.int32), noise, packing, joined)
+        return nnx.merge(graphdef, params)(tokens, segment.astype(jnp.int32), noise, packing, joined, states)
 
     def apply(*inputs: Any, **more: Any) -> jax.Array:
-        return encode(*inputs, **more).z
+        return encode(*inputs, **(more | {"states": False})).z
 
     def axes_of(variable: nnx.Variable) -> tuple[str | None, ...]:
         names = variable.get_metadata()["axes"]

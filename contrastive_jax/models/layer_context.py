@@ -27,6 +27,8 @@ class LayerContext(NamedTuple):
       theta: the base of this layer's rotary positions.
       noise: the randomness of this layer's dropout. None: no dropout.
       joined: whether segments 1 and 2 of a row are two texts that see of each other what `config.model.part_mask` says.
+      only: int32[n 1], the one token of each row whose state this layer computes, from those of all tokens. None: it computes
+        all.
       passes: bool[], whether the first token passes from the first text to the second with `config.part_mask` "bottleneck".
         None: it does in all layers.
     """
@@ -39,7 +41,12 @@ class LayerContext(NamedTuple):
     theta: jax.Array | float = 0.0
     noise: Noise | None = None
     joined: bool = False
+    only: jax.Array | None = None
     passes: jax.Array | None = None
+
+    def chosen(self, x: jax.Array) -> jax.Array:
+        """Returns the rows of x[n l d] that this layer computes: x itself, or [n 1 d] of `only`."""
+        return x if self.only is None else jnp.take_along_axis(x, self.only[:, :, None], axis=1)
 
     def zero_padding(self, x: jax.Array) -> jax.Array:
         """Returns x[n l d] with zeros on padding."""

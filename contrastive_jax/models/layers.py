@@ -97,7 +97,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x[n l in] to [n l out]."""
-        kernel = self.layout.gather(self.kernel[...].astype(x.dtype), self.axes)
+        kernel = self.weight(x.dtype)
         # A product with more than two axes would leave its result in a memory layout that attention would have to copy.
         kernel = kernel.reshape(math.prod(kernel.shape[: self.contract]), -1)  # e.g. [d h k] -> [d h·k], [h k d] -> [h·k d]
         if self.products == "int8":
@@ -107,3 +107,7 @@ class Linear(nnx.Module):
         else:
             y = x @ kernel
         return y if self.bias is None else y + self.bias[...].astype(x.dtype).reshape(-1)  # e.g. [h k] -> [h·k]
+
+    def weight(self, dtype: jax.typing.DTypeLike) -> jax.Array:
+        """Returns the kernel in this type, whole on each device in its sharded axis."""
+        return self.layout.gather(self.kernel[...].astype(dtype), self.axes)

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from contrastive_jax.config import UserError
 from contrastive_jax.models import ops
-from contrastive_jax.models.attention import Attend, plain
+from contrastive_jax.models.attention import Attend, attention_mask, plain, softmax_of
 from contrastive_jax.models.attention_kernel import MASKED
 from contrastive_jax.models.layer_context import LayerContext
 from contrastive_jax.models.layers import Linear, Norm, kernel_init, parameter
@@ -72,7 +72,9 @@ class Attention(nnx.Module):
         self.out = parts.linear((h, k, d), ("heads", None, "embed"), rngs, contract=2, last=True)
 
     def __call__(self, x: jax.Array, context: LayerContext) -> jax.Array:
-        """Maps x[n l d] to [n l d]."""
+        """Maps x[n l d] to [n l d], or with `context.only` to [n 1 d]."""
+        if context.only is not None:
+            return self.of_one_token(x, context)
         with jax.named_scope("attention"):
             with jax.named_scope("qkv"):
                 projections = (self.query(x), self.key(x), self.value(x))
@@ -86,6 +88,34 @@ class Attention(nnx.Module):
             mixed = self.attend(query, key, value, context).reshape(*x.shape[:2], -1)  # [n l h k] -> [n l h·k]
             with jax.named_scope("out"):
                 return checkpoint_name(self.out(checkpoint_name(mixed, ATTENTION_OUTPUT)), "out")
+
+    def of_one_token(self, x: jax.Array, context: LayerContext) -> jax.Array:
+        """Computes what `context.only`, one token per row, attends to: x[n l d] → [n 1 d].
+
+        Products with the kernels of key and value come after the sums over tokens, not before: the scores are (q Kᵀ) xᵀ, the
+        mixture is (w x) V, and neither a key nor a value per token is computed. The bias of keys cancels in the softmax. Keys
+        that are rotated by their position are computed.
+        """
+        config = self.config
+        n, h, g, k = len(x), config.num_heads, config.num_kv_heads, config.head_dim
+        with jax.named_scope("attention"):
+            query = self.query(context.chosen(x))
+            if config.position == "rotary":
+                place = context.chosen(jnp.broadcast_to(context.position, x.shape[:2])[:, :, None])[:, :, 0]
+                query = ops.rotate(query.reshape(n, 1, h, k), place, context.theta)
+                keys = ops.rotate(self.key(x).reshape(*x.shape[:2], g, k), context.position, context.theta)
+                scores = jnp.einsum("ngrk,nsgk->ngrs", query.reshape(n, g, h // g, k), keys, preferred_element_type=jnp.float32)
+            else:
+                of_heads = jnp.einsum("ngrk,dgk->ngrd", query.reshape(n, g, h // g, k), self.key.weight(x.dtype))
+                scores = jnp.einsum("ngrd,nsd->ngrs", of_heads, x, preferred_element_type=jnp.float32)
+            mask = attention_mask(config, context)[:, None]  # [n 1 1 s]
+            weights, total = softmax_of(config, scores, mask, context, x.dtype)
+            pooled = jnp.einsum("ngrs,nsd->ngrd", weights, x, preferred_element_type=jnp.float32) / total
+            mixed = jnp.einsum("ngrd,dgk->ngrk", pooled.astype(x.dtype), self.value.weight(x.dtype))
+            if self.value.bias is not None:  # weights that dropout has changed do not sum to 1
+                share = weights.sum(-1, keepdims=True, dtype=jnp.float32) / total
+                mixed = mixed + (share * self.value.bias[...][:, None]).astype(x.dtype)
+            return self.out(mixed.reshape(n, 1, -1))
 
 
 class Fourier(nnx.Module):

@@ -69,7 +69,7 @@ class Block(nnx.Module):
         self.latent = Latent(config, layout, rngs) if config.latent else None
 
     def __call__(self, x: jax.Array, context: LayerContext) -> jax.Array:
-        """Maps x[n l d] to [n l d], with dropout if `context.noise` is not None."""
+        """Maps x[n l d] to [n l d], or with `context.only` to [n 1 d], with dropout if `context.noise` is not None."""
         rate, noise = self.config.dropout, context.noise
         weights_noise = attention_noise = mlp_noise = None
         if noise is not None:
@@ -78,10 +78,16 @@ class Block(nnx.Module):
         if self.config.norm_position == "pre":
             y = self.attention_norm(x)
             y = y if context.input_is_normed is None else jnp.where(context.input_is_normed, x, y)
-            x = x + dropout(self.attention(y, inner), rate, attention_noise)
+            x = context.chosen(x) + dropout(self.mix(y, inner), rate, attention_noise)
             return x if self.mlp is None else x + dropout(self.mlp(self.mlp_norm(x)), rate, mlp_noise)
-        x = self.attention_norm(x + dropout(self.attention(x, inner), rate, attention_noise))
+        x = self.attention_norm(context.chosen(x) + dropout(self.mix(x, inner), rate, attention_noise))
         return x if self.mlp is None else self.mlp_norm(x + dropout(self.mlp(x), rate, mlp_noise))
+
+    def mix(self, x: jax.Array, context: LayerContext) -> jax.Array:
+        """Applies the mixer. Attention can leave out the tokens that are not asked for; the others compute all."""
+        if context.only is None or self.config.mixer == "attention":
+            return self.attention(x, context)
+        return context.chosen(self.attention(x, context._replace(only=None)))
 
 
 class Transformer(nnx.Module):
@@ -111,6 +117,7 @@ class Transformer(nnx.Module):
         position: jax.Array | None = None,
         noise: Noise | None = None,
         joined: bool = False,
+        only: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array | None]:
         """Computes a vector per token.
 
@@ -120,10 +127,11 @@ class Transformer(nnx.Module):
           position: int32[n l], the index of each token in its span. None: each row is one span, and its padding comes last.
           noise: the randomness of dropout. None: no dropout.
           joined: see `LayerContext`.
+          only: int32[n], the one token of each row whose state is asked for: the last block computes no other. None: all.
 
         Returns:
-          The token states [n l d] in `config.dtype`; for the pooling "first_last" their mean with those of the first block;
-          and the mean directions of the latents float32[n latent_layers·k], or None.
+          The token states [n l d], or [n 1 d], in `config.dtype`; for the pooling "first_last" their mean with those of the
+          first block; and the mean directions of the latents float32[n latent_layers·k], or None.
         """
         config, length = self.config, tokens.shape[1]
         if self.blocks is not None and config.mixer in FIXED_LENGTH:
@@ -140,7 +148,7 @@ class Transformer(nnx.Module):
             span_length = (segment > 0).sum(1, dtype=jnp.int32) if position is None and not joined else None
             position = jnp.arange(tokens.shape[1])[None] if position is None else position
             context = LayerContext(segment, position, span_length, noise=block_noise, joined=joined)
-            x, first, latents = self.apply_blocks(x, context)
+            x, first, latents = self.apply_blocks(x, context, None if only is None else only[:, None])
         x = x if self.final_norm is None else self.final_norm(x)
         latents = None if latents is None else latents.reshape(len(x), -1)
         return (x if first is None else (x + first) / 2)[:, :length], latents
@@ -157,22 +165,24 @@ class Transformer(nnx.Module):
             x = x + (ops.repeat_table(table[: tokens.shape[1]], len(x)) if position is None else table[position])
         return x if self.embedding_norm is None else self.embedding_norm(x)
 
-    def apply_blocks(self, x: jax.Array, context: LayerContext) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-        """Applies all blocks to x[n l d]; `context.noise.rng` has one random key per layer.
+    def apply_blocks(
+        self, x: jax.Array, context: LayerContext, only: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+        """Applies all blocks to x[n l d]; `context.noise.rng` has one random key per layer, `only` is that of the last block.
 
         Returns:
-          The states of the last block; for the pooling "first_last" those of the first, else None; and the mean directions of
-          the latents float32[n latent_layers k], or None.
+          The states of the last block, [n l d] or [n 1 d]; for the pooling "first_last" those of the first, else None; and the
+          mean directions of the latents float32[n latent_layers k], or None.
         """
         config = self.config
         without_latent = config.num_layers - config.latent_layers
         graphdef, stacked_params = nnx.split(self.blocks)
 
-        def apply_block(states: tuple, layer: Any) -> tuple[tuple, None]:
+        def apply_block(states: tuple, layer: Any, only: jax.Array | None = None) -> tuple[tuple, None]:
             (x, first, latents), (params, rng, number) = states, layer
             block: Any = nnx.merge(graphdef, params)
             noise = None if context.noise is None else Noise(rng, context.noise.row)
-            own = context._replace(noise=noise, theta=config.rope_theta)
+            own = context._replace(noise=noise, theta=config.rope_theta, only=only)
             if (
                 config.embedding_norm and config.norm_position == "pre"
             ):  # ModernBERT: it is the first block's attention norm too
@@ -197,10 +207,13 @@ class Transformer(nnx.Module):
         layers = (stacked_params, rngs, jnp.arange(config.num_layers))
         latents = jnp.zeros((len(x), config.latent_layers, config.latent)) if config.latent else None
         states: Any = (x, x if config.pooling == "first_last" else None, latents)
-        if config.scan:
-            return jax.lax.scan(rematerialize(apply_block, config, 0), states, layers)[0]
-        for number in range(config.num_layers):
-            states, _ = rematerialize(apply_block, config, number)(states, jax.tree.map(lambda leaf, i=number: leaf[i], layers))
+        looped = config.num_layers - (only is not None) if config.scan else 0
+        if looped:
+            loop = jax.tree.map(lambda leaf: leaf[:looped], layers)
+            states, _ = jax.lax.scan(rematerialize(apply_block, config, 0), states, loop)
+        for number in range(looped, config.num_layers):
+            block = functools.partial(apply_block, only=only if number == config.num_layers - 1 else None)
+            states, _ = rematerialize(block, config, number)(states, jax.tree.map(lambda leaf, i=number: leaf[i], layers))
         return states
 
 

@@ -24,6 +24,7 @@ from contrastive_jax.objectives.losses import LOSSES
 from contrastive_jax.planning import program as program_lib
 from contrastive_jax.planning.hardware import Target
 from contrastive_jax.planning.program import Collective, Instruction, Program
+from contrastive_jax.training.build import computes_one_token
 from contrastive_jax.training.views import cut_tokens, views_with_targets
 
 # Names of custom calls in TPU programs that only mark something and take no time.
@@ -264,6 +265,7 @@ def model_flops(config: Any, params: Any, views: int) -> tuple[float, str]:
 
     Attention is counted over the length of a training row, data.length (twice that with data.join); model.max_length, which may
     be longer, costs parameters but no FLOPs. Of other mixers only the kernels are counted, of losses only scores and logits.
+    Where a vector is the state of one token and nothing reads the others, the last block counts for that token alone.
 
     Args:
       config: the recipe.
@@ -275,10 +277,20 @@ def model_flops(config: Any, params: Any, views: int) -> tuple[float, str]:
     weights = sum(math.prod(leaf.shape) for leaf in leaves_named(blocks, "kernel"))
     length, rows = data.length * (2 if data.join else 1), 1 if data.join == "next" else views
     tokens = data.batch_size // data.pack_pairs * (data.pack_rows * rows * length - cut_tokens(data))
-    attention = 12 * model.num_layers * model.num_heads * model.head_dim * length * (model.mixer == "attention")
+    one_token = model.mixer == "attention" and computes_one_token(config)
+    layers = model.num_layers - one_token
+    attention = 12 * layers * model.num_heads * model.head_dim * length * (model.mixer == "attention")
     width = vector_size(model)
-    total = tokens * (6.0 * weights + attention)
-    formula = f"tokens × (6 × {weights:,} weights in matrix products + 12 × layers × heads × head_dim × length = {attention:,})"
+    of_last = weights // model.num_layers if one_token else 0
+    total = tokens * (6.0 * (weights - of_last) + attention)
+    formula = (
+        f"tokens × (6 × {weights - of_last:,} weights in matrix products + 12 × layers × heads × head_dim × length ="
+        f" {attention:,})"
+    )
+    if one_token:
+        mixing = 12 * model.num_heads * model.d_model
+        total += tokens * mixing + 6.0 * tokens // length * of_last
+        formula += f" + tokens × {mixing:,} + 6 × {tokens // length:,} rows × {of_last:,} for the last block, of one token"
     if scores := score_matrices(config, views):
         total += 6.0 * scores * data.batch_size**2 * width
         formula += f" + 6 × {scores} × batch² × {width} for the scores"

@@ -286,6 +286,13 @@ def row_tokens(data: ConfigDict) -> int:
     return views.view_count(data) * data.length - views.cut_tokens(data)
 
 
+def computes_one_token(config: ConfigDict) -> bool:
+    """Returns whether the last block of a run's encoder computes one token per row, the pooled one."""
+    reads_states = config.objective.locals or (config.tokens.name and config.tokens.weight)
+    packed = config.data.pack_pairs * config.data.pack_rows > 1
+    return encoder_lib.pools_one_token(config.model) and not reads_states and not packed
+
+
 def of_views(tree: Any, chosen: list[int], shape: tuple[int, int, int]) -> Any:
     """Returns the rows of the chosen views, from arrays [g·v·r ...]; `shape` is (g, v, r)."""
     if len(chosen) == shape[1]:
@@ -305,7 +312,7 @@ def encode_two_lengths(encoder: encoder_lib.Encoder, params: Any, rows: Rows, rn
 
     def embed(rows: Rows) -> jax.Array:
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), rows)
-        z, _, _ = encoder.encode(params, flat.tokens, flat.segment, rng, flat.row, (1, 1), False)
+        z = encoder.apply(params, flat.tokens, flat.segment, rng, flat.row)
         return z.reshape(*rows.row.shape, -1)
 
     return jnp.concatenate([embed(queries), embed(documents)], axis=1)
@@ -336,7 +343,7 @@ def make_encode(
     """
     micro_pairs = micro_batch_pairs(config, mesh)
     pack_pairs, pack_rows, joined = config.data.pack_pairs, config.data.pack_rows, bool(config.data.join)
-    short = 0 if of_target else config.data.query_length
+    short, all_states = 0 if of_target else config.data.query_length, bool(local_states or token_loss)
 
     def encode(params: Any, rows: Rows, rng: jax.Array | None) -> Encoded:
         def encode_groups(params: Any, rows: Rows) -> Encoded:
@@ -346,7 +353,7 @@ def make_encode(
             g, v = rows.tokens.shape[:2]
             flat = jax.tree.map(lambda x: x.reshape(g * v * pack_rows, *x.shape[3:]), rows)
             layout = (pack_pairs, pack_rows), joined
-            z, states, table = encoder.encode(params["encoder"], flat.tokens, flat.segment, rng, flat.row, *layout)
+            z, states, table = encoder.encode(params["encoder"], flat.tokens, flat.segment, rng, flat.row, *layout, all_states)
             z, sums = z.reshape(g, v, pack_pairs, -1), None
             if local_states:
                 assert rng is not None  # a step has it

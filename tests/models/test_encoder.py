@@ -249,6 +249,47 @@ def test_token_weights_make_a_weighted_mean() -> None:
     np.testing.assert_allclose(of_spans, expected[1:3], atol=1e-6)
 
 
+ONE_TOKEN = {
+    "learned, causal, grouped": dict(position="learned", causal=True, pooling="eos", num_kv_heads=2),
+    "rotary, grouped, post": dict(position="rotary", pooling="cls", num_kv_heads=2, norm_position="post", embedding_norm=True),
+    "windows, saved": dict(local_window=2, global_every=2, pooling="eos", position="none", num_layers=3, remat="attention"),
+    "no loop": dict(scan=False, pooling="cls", num_layers=3, remat="full", bias=False),
+    "one block": dict(num_layers=1, pooling="cls", pool_tanh="before", embedding_dim=5),
+    "other mixer": dict(mixer="amlp", mlp="none", pooling="cls", position="none"),
+}
+
+
+@pytest.mark.parametrize("name", ONE_TOKEN)
+def test_the_last_block_may_compute_the_pooled_token_alone(name: str) -> None:
+    model, params = make_model(model_config(**ONE_TOKEN[name]))
+    tokens, mask = make_rows()
+    weights = jnp.asarray(np.random.default_rng(3).normal(size=(len(tokens), 24)), jnp.float32)
+
+    def value(params: dict, states: bool) -> tuple[jax.Array, encoder.Encoding]:
+        encoding = model.encode(params, tokens, mask, states=states)
+        return (encoding.z * weights[:, : encoding.z.shape[1]]).sum(), encoding
+
+    results = [jax.jit(jax.value_and_grad(lambda p, s=s: value(p, s), has_aux=True))(params) for s in (True, False)]
+    ((_, whole), reference), ((_, alone), gradient) = results
+    assert alone.states.shape == (len(tokens), 1, 24)
+    np.testing.assert_allclose(alone.z, whole.z, atol=1e-6)
+    place = 0 if model_config(**ONE_TOKEN[name]).pooling == "cls" else np.asarray(mask).sum(1) - 1
+    np.testing.assert_allclose(alone.states[:, 0], whole.states[jnp.arange(len(tokens)), place], atol=1e-5)
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(reference))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * largest), gradient, reference)
+
+
+def test_the_weights_of_one_token_have_dropout() -> None:
+    """Its mean over many masks is the state without dropout: with biases, of weights that no longer sum to 1."""
+    model, params = make_model(model_config(num_layers=1, mlp="none", pooling="eos", final_norm=False, attention_dropout=0.2))
+    tokens, mask = (jnp.repeat(x, 4000, axis=0) for x in make_rows())
+    dropped, whole = (jax.jit(model.encode, static_argnames="states")(params, tokens, mask, rng, states=False).states[:, 0]
+                      for rng in (jax.random.key(0), None))  # fmt: skip
+    mean, spread = (f(dropped.reshape(5, 4000, -1), axis=1) for f in (jnp.mean, jnp.std))
+    assert spread.max() > 0.1
+    assert (jnp.abs(mean - whole[::4000]) < 5 * spread / 4000**0.5 + 1e-5).all()
+
+
 @pytest.mark.parametrize("changes", [{"pooling": "cls"}, {"latent": 8}])
 def test_token_weights_need_a_mean(changes: dict) -> None:
     with pytest.raises(UserError, match="config.model.token_weights: needs config.model.pooling='mean'"):

@@ -226,6 +226,19 @@ def test_model_flops_are_six_per_weight_and_token() -> None:
     assert estimate.model_flops(config, params, 2)[0] == tokens * (6 * weights + 12 * d * 64) + table // 2
 
 
+def test_model_flops_of_a_last_block_for_one_token() -> None:
+    config = recipe("debug")
+    config.model.update(pooling="eos", num_layers=3)
+    params = build.build(config, sharding.all_devices_mesh(), 320).shapes.params["encoder"]
+    d, f, tokens, scores = config.model.d_model, config.model.d_ff, 128 * 2 * 64, 6 * 128**2 * config.model.d_model
+    weights, attention = 4 * d * d + 2 * d * f, 12 * d * 64
+    heads = config.model.num_heads
+    of_last = tokens * 12 * heads * d + tokens // 64 * 6 * weights
+    assert estimate.model_flops(config, params, 2)[0] == 2 * tokens * (6 * weights + attention) + of_last + scores
+    config.data.update(pack_pairs=2, pack_rows=2)  # all tokens, in twice as many rows per group
+    assert estimate.model_flops(config, params, 2)[0] == 3 * tokens * (6 * weights + attention) + scores
+
+
 def test_longer_texts_cost_parameters_but_no_flops() -> None:
     config = recipe("debug")
     config.model.position = "learned"
