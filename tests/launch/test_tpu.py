@@ -299,7 +299,11 @@ def test_a_training_that_runs_already_is_shown(stub: Stub, launch: Launch, envir
 
 def test_several_slices_are_one_run(stub: Stub, launch: Launch, environment: dict[str, str]) -> None:
     """A slice that is taken back takes the run with it: the whole request is made again."""
-    stub("((attempt > 1)) || { ((OMPI_COMM_WORLD_RANK)) || gcloud fake preempt pod-1; exit 1; }; exit 0")
+    # The slice goes when the launcher follows the training, not while it starts; and only then does the training fail.
+    followed = 'until grep -q "bash launch/worker.sh poll 0" "${FAKE_SLICE%/*}/log"; do sleep 0.1; done'
+    gone = 'until grep -q PREEMPTED "${FAKE_SLICE%/*}/pod-1/slice.json"; do sleep 0.1; done'
+    taken = f"if ((OMPI_COMM_WORLD_RANK)); then {gone}; else {followed}; gcloud fake preempt pod-1; fi"
+    stub(f"((attempt > 1)) && exit 0; {taken}; exit 1")
     done = launch("run", "--slices=2")
     assert done.returncode == 0 and "training: lost PREEMPTED" in done.stderr, done.stderr
     creation = next(request for request in requests(environment) if "create" in request)
