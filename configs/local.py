@@ -17,8 +17,12 @@ from contrastive_jax.config import default_config
 
 def get_config() -> ConfigDict:
     config = default_config()
-    config.update(steps=170, eval_every=85, checkpoint_every=85)
-    config.data.batch_size = 512
+    config.update(steps=450, eval_every=150, checkpoint_every=150)
+    # Micro-batches whose states fit the cache, and products in bfloat16: together twice as fast on a core with AVX512-BF16.
+    config.micro_batch = 16
+    config.model.products = "bfloat16"
+    # Spans of different lengths: with spans of one length it learns the training spans by heart.
+    config.data.update(batch_size=512, min_span=32)
     # One head of 32 and a feed-forward a quarter as wide as the stream: a larger block takes more time per pair, and in the
     # same time learns less from fewer pairs.
     config.model.update(num_layers=1, num_heads=1, num_kv_heads=1, head_dim=32, d_ff=64, dropout=0.1)

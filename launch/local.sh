@@ -43,7 +43,7 @@ source launch/setup.sh "$extra"
 
 if [[ -z "$data" && ! -e data/python/manifest.json ]]; then
   echo "== preparing text of this Python installation in data/python"
-  python -m contrastive_jax prepare --python --output=data/python --vocab_size=8192 --validation_fraction=0.1
+  python -m contrastive_jax prepare --python --output=data/python --vocab_size=16384 --validation_fraction=0.1
 fi
 
 # XLA's CPU client allocates fresh memory for every buffer. Huge pages that are kept, not given back, halve the page faults' cost.

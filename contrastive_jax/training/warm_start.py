@@ -21,10 +21,10 @@ from contrastive_jax.runtime import sharding
 from contrastive_jax.runtime.model_name import parse_model_name, read_params
 
 # The keys of config.model that do not decide what the weights are; the new run's values win.
-FREE = {"dropout", "attention_dropout", "attention", "remat", "saved", "scan", "dtype", "pooling", "pool_tanh", "embedding_dim"}
-FREE |= {"dense", "init", "init_std", "part_mask", "latent_kappa"}
+FREE = {"dropout", "attention_dropout", "attention", "remat", "saved", "scan", "dtype", "products", "pooling", "pool_tanh"}
+FREE |= {"embedding_dim", "dense", "init", "init_std", "part_mask", "latent_kappa"}
 # The keys of config.model that say how it is computed, which a teacher has of the run.
-COMPUTATION = ("attention", "remat", "saved", "scan", "dtype")
+COMPUTATION = ("attention", "remat", "saved", "scan", "dtype", "products")
 # The sizes that `widen` multiplies, and the logical axes of parameters that have them.
 WIDENED = ("d_model", "num_heads", "num_kv_heads", "d_ff")
 WIDE_AXES = ("embed", "heads", "kv_heads", "mlp")

@@ -20,8 +20,9 @@ PAIRS = 320
 
 
 def make_config(name: str, argument: str) -> ConfigDict:
-    """The recipe at its own sizes, but for the number of pairs where that is large."""
+    """The recipe at its own sizes, but for the number of pairs where that is large, and in float32."""
     config = recipe(name, *[argument] * bool(argument))
+    config.model.products = "float32"
     if config.data.batch_size > PAIRS:
         config.micro_batch = PAIRS // 2 if config.micro_batch else 0
         config.data.batch_size = PAIRS
