@@ -30,10 +30,19 @@ PAIRS = flags.DEFINE_integer("pairs", 1000, "Pairs of the query-key test.")
 EVALUATIONS = 5
 PROBE_STEPS = 12
 
+# It has no states that should fit the cache: it is faster with the whole batch at once.
+BAG = {
+    "model.num_layers": 0,
+    "model.position": "none",
+    "model.final_norm": False,
+    "model.token_weights": False,
+    "micro_batch": 0,
+}
 # Candidate → what it changes in the recipe.
 CANDIDATES: dict[str, dict[str, Any]] = {
     "the recipe": {},
-    "bag": {"model.num_layers": 0, "model.position": "none", "model.final_norm": False, "model.token_weights": False},
+    "bag": BAG,
+    "bag, spans of one length": BAG | {"data.min_span": 62},
     "all tokens count alike": {"model.token_weights": False},
     "no final norm": {"model.final_norm": False},
     "two heads": {"model.num_heads": 2},
@@ -48,6 +57,9 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "twice the batch": {"data.batch_size": 1024},
     "no dropout": {"model.dropout": 0.0},
     "more dropout": {"model.dropout": 0.2},
+    "spans of one length": {"data.min_span": 62},
+    "the whole batch at once": {"micro_batch": 0},
+    "products in float32": {"model.products": "float32"},
 }
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy import sparse
-from sklearn.feature_extraction.text import TfidfVectorizer
 
 CHANCE_DIM = 256
 
@@ -23,6 +22,8 @@ def chance_vectors(texts: Sequence[str]) -> np.ndarray:
 
 def fit_tfidf(texts: Sequence[str]) -> Callable[[Sequence[str]], sparse.csr_array]:
     """Fits TF-IDF on texts; returns a function from n texts to their sparse unit vectors [n e]."""
+    from sklearn.feature_extraction.text import TfidfVectorizer  # takes a second, and few evaluations need it
+
     vectorizer = TfidfVectorizer().fit(texts)
     return lambda new_texts: sparse.csr_array(vectorizer.transform(new_texts))
 

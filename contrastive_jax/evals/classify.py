@@ -18,9 +18,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedKFold, train_test_split
 
 from contrastive_jax import files
 from contrastive_jax.config import UserError
@@ -63,6 +60,8 @@ def read_labelled_texts(data: Data) -> LabelledTexts:
     Raises:
       UserError: files are missing, or a class is too rare for the folds.
     """
+    from sklearn.model_selection import StratifiedKFold  # takes seconds, and few evaluations need it
+
     name = str(data)
     is_tfds = name.startswith("tfds:")
     parts = senteval.read_tfds_parts(name.removeprefix("tfds:")) if is_tfds else senteval.read_parts(epath.Path(data))
@@ -89,13 +88,14 @@ def all_texts(data: Data) -> list[str]:
 
 def probe(z: Any, labels: np.ndarray, train: np.ndarray, tune: np.ndarray, test: np.ndarray) -> float:
     """Returns the accuracy of logistic regression, its L2 chosen on the part to tune on or a tenth of the training part."""
+    from sklearn import exceptions, linear_model, model_selection  # takes seconds, and few evaluations need it
 
-    def fit(strength: float, positions: np.ndarray) -> LogisticRegression:
+    def fit(strength: float, positions: np.ndarray) -> linear_model.LogisticRegression:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # a thousand steps are near enough
-            return LogisticRegression(C=strength, max_iter=1000).fit(z[positions], labels[positions])
+            warnings.simplefilter("ignore", exceptions.ConvergenceWarning)  # a thousand steps are near enough
+            return linear_model.LogisticRegression(C=strength, max_iter=1000).fit(z[positions], labels[positions])
 
-    inner, held_out = (train, tune) if len(tune) else train_test_split(train, test_size=0.1, random_state=0)
+    inner, held_out = (train, tune) if len(tune) else model_selection.train_test_split(train, test_size=0.1, random_state=0)
     best = max(STRENGTHS, key=lambda strength: (fit(strength, inner).score(z[held_out], labels[held_out]), -strength))
     return float(fit(best, train).score(z[test], labels[test]))
 

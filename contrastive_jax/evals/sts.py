@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
-from scipy import stats
 
 from contrastive_jax import files
 from contrastive_jax.config import UserError
@@ -55,6 +54,8 @@ def correlations(score: np.ndarray, similarity: np.ndarray) -> dict[str, float]:
 
     Equal values get the mean of their ranks.
     """
+    from scipy import stats  # takes a second, and few evaluations need it
+
     return {
         "spearman": float(stats.spearmanr(score, similarity).statistic),
         "pearson": float(stats.pearsonr(score, similarity).statistic),

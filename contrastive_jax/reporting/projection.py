@@ -5,7 +5,6 @@ Dimensions: n vectors, m of them chosen, e embedding, k neighbours.
 
 import numpy as np
 import threadpoolctl
-from sklearn import decomposition, manifold
 
 PERPLEXITY = 30
 PCA_DIMS = 50
@@ -20,6 +19,8 @@ def project_to_plane(z: np.ndarray, seed: int = 0) -> np.ndarray:
     n = len(z)
     if n < 4 or np.ptp(z, axis=0).max() < 1e-6:
         return np.stack([np.arange(n), np.zeros(n)], axis=1).astype(np.float32)
+    from sklearn import decomposition, manifold  # takes seconds
+
     # One thread: several would add in any order, and t-SNE turns a different last bit into a different map.
     with threadpoolctl.threadpool_limits(1):
         reduced = decomposition.PCA(min(PCA_DIMS, *z.shape), svd_solver="full").fit_transform(z.astype(np.float64))

@@ -73,6 +73,13 @@ def test_help_describes_every_flag(
     assert all(len(text) > 10 and "None" not in text for text in shown.values()), shown
 
 
+def test_a_command_starts_without_what_only_some_of_its_work_needs() -> None:
+    """scikit-learn and scipy.stats take four seconds of a core."""
+    imports = "from contrastive_jax.commands import evaluate, report"
+    loaded = f'import sys; {imports}; print(sorted(set(sys.modules) & {{"sklearn", "scipy.stats", "apache_beam", "torch"}}))'
+    assert subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, cwd=ROOT).stdout == "[]\n"
+
+
 def test_a_reader_of_help_that_leaves_is_no_error() -> None:
     reading, writing = os.pipe()
     os.close(reading)
