@@ -4,7 +4,7 @@
     contrastive-jax plan --config=configs/cpt_text.py:s --target=tpu:v5e:16x16
 
 Widths and batches are those of the paper's table 1; layers and heads are GPT-3's of that size. The paper starts from GPT
-weights and gives neither learning rate, span lengths nor steps. Planned, not trained: size s takes 0.90 s per step on a
+weights and gives neither learning rate, span lengths nor steps. Planned, not trained: size s takes 0.87 s per step on a
 v5e:16x16. The other sizes, their slices, and packing, which is a third faster, are in docs/results.md. We claim no
 quality.
 """
