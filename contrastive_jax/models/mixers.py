@@ -3,7 +3,8 @@
 A mixer is a module (x[n l d], context) → [n l d], and its class an entry of MIXERS. None but attention takes packed rows. Those
 of FIXED_LENGTH need rows of `config.max_length` tokens; the Transformer pads them. What stands in padding changes nothing.
 
-Dimensions: n rows, l tokens per row, d width, h heads, g key-value heads, k head width, f feed-forward width, m = h · k.
+Dimensions: n rows, l tokens per row (s of keys), d width, h heads, g key-value heads, r = h / g heads per key-value head,
+k head width, f feed-forward width, m = h · k.
 """
 
 import functools
@@ -90,11 +91,11 @@ class Attention(nnx.Module):
                 return checkpoint_name(self.out(checkpoint_name(mixed, ATTENTION_OUTPUT)), "out")
 
     def of_one_token(self, x: jax.Array, context: LayerContext) -> jax.Array:
-        """Computes what `context.only`, one token per row, attends to: x[n l d] → [n 1 d].
+        """Computes the attention of `context.only` alone, one token per row: x[n l d] → [n 1 d].
 
-        Products with the kernels of key and value come after the sums over tokens, not before: the scores are (q Kᵀ) xᵀ, the
-        mixture is (w x) V, and neither a key nor a value per token is computed. The bias of keys cancels in the softmax. Keys
-        that are rotated by their position are computed.
+        No token needs a key or a value: the kernel K of the keys meets the query first, (q Kᵀ) xᵀ, and that of the values the
+        weighted sum of states, (w x) V. The bias of the keys adds the same to all scores of a query, and so cancels in the
+        softmax. Rotary positions lie between q and K, so keys that are rotated are computed.
         """
         config = self.config
         n, h, g, k = len(x), config.num_heads, config.num_kv_heads, config.head_dim
