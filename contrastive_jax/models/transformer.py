@@ -168,7 +168,12 @@ class Transformer(nnx.Module):
     def apply_blocks(
         self, x: jax.Array, context: LayerContext, only: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-        """Applies all blocks to x[n l d]; `context.noise.rng` has one random key per layer, `only` is that of the last block.
+        """Applies all blocks to x[n l d]; `context.noise.rng` has one random key per layer.
+
+        Args:
+          x: the embeddings of the tokens.
+          context: what all layers know.
+          only: int32[n 1], `LayerContext.only` of the last block. None: it computes all tokens.
 
         Returns:
           The states of the last block, [n l d] or [n 1 d]; for the pooling "first_last" those of the first, else None; and the

@@ -265,7 +265,8 @@ def model_flops(config: Any, params: Any, views: int) -> tuple[float, str]:
 
     Attention is counted over the length of a training row, data.length (twice that with data.join); model.max_length, which may
     be longer, costs parameters but no FLOPs. Of other mixers only the kernels are counted, of losses only scores and logits.
-    Where a vector is the state of one token and nothing reads the others, the last block counts for that token alone.
+    Where a vector is the state of one token and nothing reads the others, the last block counts for that token alone,
+    without the keys that the step computes where positions are rotary.
 
     Args:
       config: the recipe.

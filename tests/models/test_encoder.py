@@ -280,11 +280,11 @@ def test_the_last_block_may_compute_the_pooled_token_alone(name: str) -> None:
 
 
 def test_the_weights_of_one_token_have_dropout() -> None:
-    """Its mean over many masks is the state without dropout: with biases, of weights that no longer sum to 1."""
+    """The mean state over many masks is that without dropout, although the dropped weights of a row do not sum to 1."""
     model, params = make_model(model_config(num_layers=1, mlp="none", pooling="eos", final_norm=False, attention_dropout=0.2))
     tokens, mask = (jnp.repeat(x, 4000, axis=0) for x in make_rows())
-    dropped, whole = (jax.jit(model.encode, static_argnames="states")(params, tokens, mask, rng, states=False).states[:, 0]
-                      for rng in (jax.random.key(0), None))  # fmt: skip
+    encode = jax.jit(model.encode, static_argnames="states")
+    dropped, whole = (encode(params, tokens, mask, rng, states=False).states[:, 0] for rng in (jax.random.key(0), None))
     mean, spread = (f(dropped.reshape(5, 4000, -1), axis=1) for f in (jnp.mean, jnp.std))
     assert spread.max() > 0.1
     assert (jnp.abs(mean - whole[::4000]) < 5 * spread / 4000**0.5 + 1e-5).all()

@@ -155,9 +155,8 @@ def test_row56_blocks_of_another_model(data: pathlib.Path, teacher: pathlib.Path
     config.init_from, config.init_layers, config.model.embedding_dim = str(teacher), (0, 2), 12
     config.model.products = "bfloat16"  # how a run computes is its own choice
     setup = loop.set_up(config, epath.Path(tmp_path))
-    assert (
-        setup.config.model.num_layers == 2 and setup.config.model.products == "bfloat16" and config.model.num_layers == 1
-    )  # the caller's is as it was
+    assert setup.config.model.num_layers == 2 and config.model.num_layers == 1  # the caller's is as it was
+    assert setup.config.model.products == "bfloat16"
     state = loop.restore_or_init(setup, checkpoint.Checkpoints(epath.Path(tmp_path)))
     ours, theirs = (jax.device_get(p) for p in (state.params["encoder"], text_model.load(str(teacher)).params))
     jax.tree.map(
