@@ -1,12 +1,16 @@
 """The mesh, the sharding rules, and global arrays."""
 
+import pathlib
+
 import jax
 import numpy as np
 import pytest
+from conftest import recipe, shrink
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from contrastive_jax.config import UserError, default_config
+from contrastive_jax.data import pipeline, prepared
 from contrastive_jax.runtime import layout, sharding
 from contrastive_jax.training import build
 
@@ -66,3 +70,21 @@ def test_the_shards_of_a_batch_are_those_of_its_layout() -> None:
     assert layout.on_mesh(mesh).tensor_shards == 2
     assert layout.Layout().batch_shards == layout.Layout().tensor_shards == 1
     assert sharding.batch_shards(sharding.all_devices_mesh()) == 8
+
+
+def test_a_step_of_cpt_text_is_the_same_over_data_fsdp_and_tensor(dataset: pathlib.Path) -> None:
+    """Its last block computes the last token alone, with other products of the sharded heads' kernels than the other blocks."""
+    config = shrink(recipe("cpt_text", "s"), dataset)
+    config.model.dtype, config.optim.warmup_steps = "float32", 0
+    host = next(pipeline.batches(prepared.open_split(dataset, "train"), config.data, 0))
+    results = []
+    for devices, shards in ((1, 1), (8, 2)):
+        config.mesh.update(data=-1, fsdp=shards, tensor=shards)
+        mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
+        run = build.build(config, mesh, 320)
+        assert build.computes_one_token(config)
+        _, metrics, z = run.train_step(run.init(), sharding.to_global(host, np.arange(16), 16, mesh))
+        results.append((jax.device_get(z), [float(metrics[name]) for name in ("loss", "gradient_norm")]))
+    (z, figures), (expected, reference) = results
+    np.testing.assert_allclose(z, expected, atol=1e-6)
+    np.testing.assert_allclose(figures, reference, rtol=1e-5)
