@@ -202,8 +202,8 @@ KEYS = {
     # attention) or "full". Saving more is not always faster: the loop over layers writes what it saves and reads it back.
     "model.remat": Key("none", choice("none", "dots", "attention", "full")),
     # What it does not recompute besides, as (name, blocks) pairs, in the first so many blocks: "query", "key", "value" (after
-    # the rotation by position), "out" (attention's result), "up" (before the MLP's activation). (("query", 24), ("up", 2)) may
-    # fill the memory that is left. Where the blocks are a loop (scan), all of them save the same.
+    # the rotation by position), "middle" (the states between attention and MLP), "up" (before the MLP's activation):
+    # (("query", 24), ("up", 2)) may fill the memory that is left. In a loop over blocks (scan) all of them save the same.
     "model.saved": Key((), pairs(str)),
     # Run the blocks as one loop (lax.scan). Without it a step is faster, but compile time grows with the number of layers.
     "model.scan": Key(True),

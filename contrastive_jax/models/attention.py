@@ -13,8 +13,9 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from contrastive_jax.config import UserError
-from contrastive_jax.models.attention_kernel import LANES, MASKED, fused
+from contrastive_jax.models.attention_kernel import LANES, MASKED
 from contrastive_jax.models.dropout import dropout
+from contrastive_jax.models.fused_attention import fused
 from contrastive_jax.models.layer_context import LayerContext
 from contrastive_jax.runtime.layout import Layout
 
@@ -31,14 +32,27 @@ def make_attend(config: ConfigDict, layout: Layout) -> Attend:
       config: `config.model`.
       layout: how rows and heads lie on the mesh.
     """
-    platform, kind = layout.platform, config.attention
-    if kind != "plain" and platform in ("gpu", "cuda"):
+    if config.attention != "plain" and layout.platform in ("gpu", "cuda"):
         return functools.partial(cudnn_or_plain, config, layout)
+    return (
+        functools.partial(fused_or_plain, config, layout) if runs_kernel(config, layout) else functools.partial(plain, config)
+    )
+
+
+def runs_kernel(config: ConfigDict, layout: Layout) -> bool:
+    """Returns whether attention is the Pallas kernel, as `config.attention` and the devices decide."""
+    if config.attention == "plain" or layout.platform in ("gpu", "cuda"):
+        return False
     # The lanes of the TPU hold whole heads.
     fills_lanes = (config.num_kv_heads // layout.tensor_shards * config.head_dim) % LANES == 0
-    if kind == "fused" or (kind == "auto" and platform == "tpu" and fills_lanes):
-        return functools.partial(fused_or_plain, config, layout)
-    return functools.partial(plain, config)
+    return config.attention == "fused" or (layout.platform == "tpu" and fills_lanes)
+
+
+def projects_in_kernel(config: ConfigDict, layout: Layout) -> bool:
+    """Returns whether `fused_attention.project_and_attend` can stand for the projections and the attention."""
+    plain_products = not config.bias and config.products == "float32"
+    own_keys = config.num_kv_heads == config.num_heads
+    return runs_kernel(config, layout) and config.position != "rotary" and plain_products and own_keys
 
 
 def fused_or_plain(

@@ -1,4 +1,4 @@
-"""Attention as a Pallas kernel for TPU.
+"""Attention as a Pallas kernel for TPU, on one device.
 
 The encoder's rows are short, so the kernel holds whole rows of keys in VMEM: there is no online softmax, no statistics are
 saved, and the backward pass needs nothing but query, key and value.
@@ -14,13 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import PartitionSpec as P
-from ml_collections import ConfigDict
 
-from contrastive_jax.config import UserError
-from contrastive_jax.models.dropout import hash_seeds, keep_mask
-from contrastive_jax.models.layer_context import LayerContext
-from contrastive_jax.runtime.layout import Layout
+from contrastive_jax.models.dropout import keep_mask
 
 # The score of a masked key. Large but finite: exp underflows to exactly 0 beside any real score, and a query without keys gives
 # no NaN.
@@ -206,10 +201,12 @@ def forward_kernel(config: KernelConfig, *references: Any) -> None:
 def backward_kernel(config: KernelConfig, *references: Any) -> None:
     """Computes the gradients of query, key and value of one grid step; the weights are computed again.
 
-    The references are `KernelInputs`, the output's gradient, the three gradients to write, and two sums in VMEM.
+    The references are `KernelInputs`, the output's gradient, the three gradients to write, or one array of them, and two sums
+    in VMEM.
     """
     inputs = KernelInputs(*references[:8])
-    gradient_ref, query_gradient, key_gradient, value_gradient, key_sum, value_sum = references[8:]
+    gradient_ref, *outputs, key_sum, value_sum = references[8:]
+    query_gradient, key_gradient, value_gradient = outputs if len(outputs) == 3 else map(outputs[0].at.__getitem__, range(3))
     scale = jnp.asarray(config.width**-0.5, inputs.query.dtype)
     for i in range(config.rows):
         key_sum[...] = jnp.zeros_like(key_sum)
@@ -239,7 +236,7 @@ def backward_kernel(config: KernelConfig, *references: Any) -> None:
 
 
 def run_kernel(
-    config: KernelConfig, interpret: bool, inputs: KernelInputs, gradient: jax.Array | None = None
+    config: KernelConfig, interpret: bool, inputs: KernelInputs, gradient: jax.Array | None = None, stacked: bool = False
 ) -> list[jax.Array]:
     """Runs a kernel over the grid of rows and heads.
 
@@ -248,9 +245,10 @@ def run_kernel(
       interpret: run it as plain operations, where there is no TPU.
       inputs: of the kernel.
       gradient: of the output, [n l h·k]; None runs the forward kernel.
+      stacked: whether the gradients are one array; each query head has its own key-value head then.
 
     Returns:
-      [output [n l h·k]], or the gradients [query, key, value].
+      [output [n l h·k]], or the gradients [query, key, value], or if stacked [all three, [3 n l h·k]].
     """
     n, length, width = inputs.query.shape
     key_lanes = config.groups * config.width
@@ -269,6 +267,9 @@ def run_kernel(
         in_specs, out_specs = [*in_specs, query_spec], [query_spec, key_spec, key_spec]
         outputs = [inputs.query, inputs.key, inputs.value]
         scratch = [pltpu.VMEM((length, key_lanes), jnp.float32)] * 2
+        if stacked:
+            out_specs = [pl.BlockSpec((3, config.rows, length, key_lanes), lambda i, j: (0, i, 0, j))]
+            outputs = [jax.ShapeDtypeStruct((3, n, length, width), inputs.query.dtype)]
     return pl.pallas_call(
         functools.partial(kernel, config),
         grid=grid,
@@ -282,117 +283,3 @@ def run_kernel(
         # `planning` reads these: how often the scheduled instructions run, and the FLOPs of the products.
         metadata={"grid_steps": str(math.prod(grid)), "kernel_flops": str(2 * products * n * length * length * width)},
     )(*inputs, *([] if gradient is None else [gradient]))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def device_attention(config: KernelConfig, interpret: bool, inputs: KernelInputs) -> jax.Array:
-    """Attention on one device, [n l h·k]; differentiable in query, key and value."""
-    return run_kernel(config, interpret, inputs)[0]
-
-
-def _device_attention_forward(config: KernelConfig, interpret: bool, inputs: KernelInputs) -> tuple[jax.Array, KernelInputs]:
-    """Returns the value and what its gradient needs."""
-    return device_attention(config, interpret, inputs), inputs
-
-
-def _device_attention_backward(config: KernelConfig, interpret: bool, inputs: KernelInputs, gradient: jax.Array) -> tuple:
-    """Returns the gradients of query, key and value."""
-    query, key, value = run_kernel(config, interpret, inputs, gradient)
-    return (KernelInputs(None, None, None, None, query, key, value, None),)
-
-
-device_attention.defvjp(_device_attention_forward, _device_attention_backward)
-
-
-def rows_per_grid_step(n: int, length: int) -> int:
-    """Returns how many of n rows a grid step handles: several short ones, so that its work outweighs its start."""
-    return next(rows for rows in (8, 4, 2, 1) if n % rows == 0 and (rows == 1 or rows * length <= 512))
-
-
-def make_kernel_config(
-    config: ConfigDict, layout: Layout, shape: tuple[int, ...], padded_length: int, context: LayerContext
-) -> KernelConfig:
-    """Chooses the static settings that the kernels are compiled with.
-
-    Args:
-      config: `config.model`.
-      layout: how rows and heads lie on the mesh.
-      shape: of the query, (n, l, h, k), over all devices.
-      padded_length: l with its padding.
-      context: of the layer.
-
-    Returns:
-      The settings; their counts of rows and heads are per device and grid step.
-
-    Raises:
-      UserError: a row does not fit in VMEM, or the heads of a device do not fill the TPU's lanes.
-    """
-    n, length, h, k = shape
-    if length > LONGEST_ROW:
-        raise UserError(
-            f"config.model.attention='fused' takes rows of at most {LONGEST_ROW} tokens, not {length}; lower "
-            "config.data.length (or --max_tokens), or set config.model.attention='plain'"
-        )
-    kv_heads_per_device = config.num_kv_heads // layout.tensor_shards
-    if layout.platform == "tpu" and (kv_heads_per_device * k) % LANES:
-        raise UserError(
-            f"config.model.attention='fused': {kv_heads_per_device} key-value heads per device × config.model.head_dim={k} "
-            f"must be a multiple of {LANES} on TPU; change config.model.num_kv_heads, config.model.head_dim or "
-            "config.mesh.tensor, or set config.model.attention='plain'"
-        )
-    return KernelConfig(
-        heads=h // config.num_kv_heads,
-        # As many key-value heads as fill the lanes, in a number that divides the heads of a device.
-        groups=math.gcd(max(LANES // k, 1), kv_heads_per_device),
-        width=k,
-        rows=rows_per_grid_step(n // layout.batch_shards, padded_length),
-        block=256 if config.causal else 512,  # smaller blocks skip more of the keys that causal attention masks
-        length=length,
-        causal=config.causal,
-        windowed=context.window is not None,
-        dropout=config.attention_dropout if context.noise is not None else 0.0,
-    )
-
-
-def fused(
-    config: ConfigDict, layout: Layout, query: jax.Array, key: jax.Array, value: jax.Array, context: LayerContext
-) -> jax.Array:
-    """Runs the Pallas kernel on each device's own rows and heads; where there is no TPU it is interpreted, for tests.
-
-    Arguments and result are those of `attention.plain`, and `layout` says how rows and heads lie on the mesh.
-
-    Raises:
-      UserError: from `make_kernel_config`.
-    """
-    n, length, h, k = query.shape
-    padding = -length % LANES
-    kernel_config = make_kernel_config(config, layout, query.shape, length + padding, context)
-    row_seed, last_seed = (jnp.zeros(n, jnp.uint32), jnp.uint32(0)) if context.noise is None else hash_seeds(context.noise)
-
-    def flatten(x: jax.Array) -> jax.Array:
-        """[n l h k] -> [n l+padding h·k]."""
-        return jnp.pad(x.reshape(n, length, -1), ((0, 0), (0, padding), (0, 0)))
-
-    def attend_on_device(inputs: KernelInputs) -> jax.Array:
-        tensor_index = jax.lax.axis_index(layout.tensor) if layout.mesh is not None and layout.tensor else 0
-        head_offset = jnp.full(1, tensor_index * (h // layout.tensor_shards), jnp.int32)
-        return device_attention(kernel_config, layout.platform != "tpu", inputs._replace(head_offset=head_offset))
-
-    with jax.named_scope("kernel"):
-        inputs = KernelInputs(
-            window=jnp.full(1, 0 if context.window is None else context.window, jnp.int32),
-            head_offset=None,  # each device has its own
-            last_seed=last_seed[None],
-            row_seed=row_seed,
-            query=flatten(query),
-            key=flatten(key),
-            value=flatten(value),
-            segment=jnp.pad(context.segment, ((0, 0), (0, padding)))[:, None],  # [n l] -> [n 1 l+padding]
-        )
-        if layout.mesh is not None:
-            by_row, by_row_and_head = P(layout.batch), P(layout.batch, None, layout.tensor)
-            specs = KernelInputs(P(), None, P(), by_row, by_row_and_head, by_row_and_head, by_row_and_head, by_row)
-            attend_on_device = jax.shard_map(
-                attend_on_device, mesh=layout.mesh, in_specs=(specs,), out_specs=by_row_and_head, check_vma=False
-            )
-        return attend_on_device(inputs)[:, :length].reshape(n, length, h, k)  # [n l+padding h·k] -> [n l h k]

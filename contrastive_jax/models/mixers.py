@@ -21,15 +21,13 @@ from ml_collections import ConfigDict
 
 from contrastive_jax.config import UserError
 from contrastive_jax.models import ops
-from contrastive_jax.models.attention import Attend, attention_mask, plain, softmax_of
+from contrastive_jax.models.attention import Attend, attention_mask, plain, projects_in_kernel, softmax_of
 from contrastive_jax.models.attention_kernel import MASKED
+from contrastive_jax.models.fused_attention import project_and_attend
 from contrastive_jax.models.layer_context import LayerContext
 from contrastive_jax.models.layers import Linear, Norm, kernel_init, parameter
 from contrastive_jax.runtime.layout import Layout
 
-# The name of attention's output before its projection, for the policies of `transformer.rematerialize`. The other names of what
-# a block computes are those of config.model.saved.
-ATTENTION_OUTPUT = "attention_output"
 # The mixers with a structure over all pairs of places in a row, learned or not.
 FIXED_LENGTH = {"fourier", "linear", "mlp", "gmlp", "amlp"}
 
@@ -65,18 +63,21 @@ class Attention(nnx.Module):
     """Multi-head attention, full or grouped, with rotary positions if `config.position` says so."""
 
     def __init__(self, parts: Parts, rngs: nnx.Rngs):
-        self.config, self.attend = parts.config, parts.attend
+        self.config, self.layout, self.attend = parts.config, parts.layout, parts.attend
         d, h, g, k = (self.config[name] for name in ("d_model", "num_heads", "num_kv_heads", "head_dim"))
         self.query = parts.linear((d, h, k), ("embed", "heads", None), rngs)
         self.key = parts.linear((d, g, k), ("embed", "kv_heads", None), rngs)
         self.value = parts.linear((d, g, k), ("embed", "kv_heads", None), rngs)
         self.out = parts.linear((h, k, d), ("heads", None, "embed"), rngs, contract=2, last=True)
 
-    def __call__(self, x: jax.Array, context: LayerContext) -> jax.Array:
-        """Maps x[n l d] to [n l d], or with `context.only` to [n 1 d]."""
+    def mix(self, x: jax.Array, context: LayerContext) -> jax.Array:
+        """Maps x[n l d] to the sums of values of all heads, [n l m], or with `context.only` [n 1 m]."""
         if context.only is not None:
             return self.of_one_token(x, context)
         with jax.named_scope("attention"):
+            if projects_in_kernel(self.config, self.layout) and not context.joined:
+                query, key, value = (y.weight(x.dtype).reshape(x.shape[2], -1) for y in (self.query, self.key, self.value))
+                return project_and_attend(self.config, self.layout, x, (query, key, value), context)
             with jax.named_scope("qkv"):
                 projections = (self.query(x), self.key(x), self.value(x))
                 # [n l h·k] -> [n l h k]; key and value [n l g·k] -> [n l g k]
@@ -85,13 +86,20 @@ class Attention(nnx.Module):
                 with jax.named_scope("rope"):
                     query = ops.rotate(query, context.position, context.theta)
                     key = ops.rotate(key, context.position, context.theta)
-            query, key, value = map(checkpoint_name, (query, key, value), ("query", "key", "value"))
-            mixed = self.attend(query, key, value, context).reshape(*x.shape[:2], -1)  # [n l h k] -> [n l h·k]
-            with jax.named_scope("out"):
-                return checkpoint_name(self.out(checkpoint_name(mixed, ATTENTION_OUTPUT)), "out")
+            # Saved as [n l h·k]: in the other shape the TPU's memory layout is one that the kernel would have to copy.
+            query, key, value = (
+                checkpoint_name(y.reshape(*x.shape[:2], -1), name).reshape(y.shape)
+                for y, name in ((query, "query"), (key, "key"), (value, "value"))
+            )
+            return self.attend(query, key, value, context).reshape(*x.shape[:2], -1)  # [n l h k] -> [n l h·k]
+
+    def project(self, mixed: jax.Array) -> jax.Array:
+        """Maps the result of `mix`, [n l m], to [n l d]."""
+        with jax.named_scope("attention"), jax.named_scope("out"):
+            return self.out(mixed)
 
     def of_one_token(self, x: jax.Array, context: LayerContext) -> jax.Array:
-        """Computes the attention of `context.only` alone, one token per row: x[n l d] → [n 1 d].
+        """Computes `mix` for `context.only` alone, one token per row: x[n l d] → [n 1 m].
 
         No token needs a key or a value: the kernel K of the keys meets the query first, (q Kᵀ) xᵀ, and that of the values the
         weighted sum of states, (w x) V. The bias of the keys adds the same to all scores of a query, and so cancels in the
@@ -116,7 +124,7 @@ class Attention(nnx.Module):
             if self.value.bias is not None:  # weights that dropout has changed do not sum to 1
                 share = weights.sum(-1, keepdims=True, dtype=jnp.float32) / total
                 mixed = mixed + (share * self.value.bias[...][:, None]).astype(x.dtype)
-            return self.out(mixed.reshape(n, 1, -1))
+            return mixed.reshape(n, 1, -1)
 
 
 class Fourier(nnx.Module):

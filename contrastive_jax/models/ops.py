@@ -10,6 +10,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+# The name of a norm's mean and inverse deviation, one number per token each, for the policies of `transformer.rematerialize`.
+STATISTICS = "statistics"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -40,6 +44,8 @@ def _normalize_forward(
     variance = jnp.square(y).mean(-1, keepdims=True)
     mean = y.mean(-1, keepdims=True) if centred else jnp.zeros_like(variance)
     inverse = jax.lax.rsqrt(jnp.maximum(variance - jnp.square(mean), 0) + eps)
+    inverse = checkpoint_name(inverse, STATISTICS)
+    mean = checkpoint_name(mean, STATISTICS) if centred else mean
     y = (y - mean) * inverse * scale
     return (y if bias is None else y + bias).astype(x.dtype), (x, scale, bias, mean, inverse)
 

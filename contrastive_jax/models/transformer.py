@@ -20,7 +20,7 @@ from contrastive_jax.models.dropout import Noise, dropout
 from contrastive_jax.models.latent import Latent
 from contrastive_jax.models.layer_context import LayerContext
 from contrastive_jax.models.layers import Linear, Norm, parameter
-from contrastive_jax.models.mixers import ATTENTION_OUTPUT, FIXED_LENGTH, MIXERS, Parts
+from contrastive_jax.models.mixers import FIXED_LENGTH, MIXERS, Parts
 from contrastive_jax.runtime.layout import Layout
 
 EXACT_GELU = functools.partial(jax.nn.gelu, approximate=False)
@@ -68,26 +68,41 @@ class Block(nnx.Module):
         self.mlp = Mlp(config, layout, out_std, rngs) if config.mlp != "none" else None
         self.latent = Latent(config, layout, rngs) if config.latent else None
 
-    def __call__(self, x: jax.Array, context: LayerContext) -> jax.Array:
-        """Maps x[n l d] to [n l d], or with `context.only` to [n 1 d], with dropout if `context.noise` is not None."""
-        rate, noise = self.config.dropout, context.noise
-        weights_noise = attention_noise = mlp_noise = None
-        if noise is not None:
-            weights_noise, attention_noise, mlp_noise = (Noise(rng, noise.row) for rng in jax.random.split(noise.rng, 3))
-        inner = context._replace(noise=weights_noise)
-        if self.config.norm_position == "pre":
-            y = self.attention_norm(x)
-            y = y if context.input_is_normed is None else jnp.where(context.input_is_normed, x, y)
-            x = context.chosen(x) + dropout(self.mix(y, inner), rate, attention_noise)
-            return x if self.mlp is None else x + dropout(self.mlp(self.mlp_norm(x)), rate, mlp_noise)
-        x = self.attention_norm(context.chosen(x) + dropout(self.mix(x, inner), rate, attention_noise))
-        return x if self.mlp is None else self.mlp_norm(x + dropout(self.mlp(x), rate, mlp_noise))
+    def __call__(self, x: jax.Array, context: LayerContext, halve: Callable = lambda half: half) -> jax.Array:
+        """Maps x[n l d] to [n l d], or with `context.only` to [n 1 d], with dropout if `context.noise` is not None.
+
+        Args:
+          x: the states of the tokens.
+          context: of the layer.
+          halve: what to make of each half of the block, `mix` and `finish`, such as jax.checkpoint.
+        """
+        mixed = halve(lambda x: self.mix(x, context))(x)
+        return halve(lambda x, mixed: self.finish(x, mixed, context))(x, mixed)
 
     def mix(self, x: jax.Array, context: LayerContext) -> jax.Array:
-        """Applies the mixer. Attention can leave out the tokens that are not asked for; the others compute all."""
-        if context.only is None or self.config.mixer == "attention":
-            return self.attention(x, context)
-        return context.chosen(self.attention(x, context._replace(only=None)))
+        """Returns what the mixer makes of x[n l d], of attention without its projection: [n l m], or [n l d] of the others."""
+        noise = context.noise
+        if noise is not None:
+            context = context._replace(noise=noise._replace(rng=jax.random.split(noise.rng, 3)[0]))
+        y = self.attention_norm(x) if self.config.norm_position == "pre" else x
+        y = y if context.input_is_normed is None else jnp.where(context.input_is_normed, x, y)
+        if self.config.mixer == "attention":
+            return self.attention.mix(y, context)
+        # Attention can leave out the tokens that are not asked for; the others compute all.
+        return context.chosen(self.attention(y, context._replace(only=None)))
+
+    def finish(self, x: jax.Array, mixed: jax.Array, context: LayerContext) -> jax.Array:
+        """Adds the result of `mix` to x[n l d], then the feed-forward: [n l d], or with `context.only` [n 1 d]."""
+        rate, noise = self.config.dropout, context.noise
+        attention_noise = mlp_noise = None
+        if noise is not None:
+            attention_noise, mlp_noise = (Noise(rng, noise.row) for rng in jax.random.split(noise.rng, 3)[1:])
+        branch = self.attention.project(mixed) if self.config.mixer == "attention" else mixed
+        x = checkpoint_name(context.chosen(x) + dropout(branch, rate, attention_noise), "middle")
+        if self.config.norm_position == "pre":
+            return x if self.mlp is None else x + dropout(self.mlp(self.mlp_norm(x)), rate, mlp_noise)
+        x = self.attention_norm(x)
+        return x if self.mlp is None else self.mlp_norm(x + dropout(self.mlp(x), rate, mlp_noise))
 
 
 class Transformer(nnx.Module):
@@ -183,7 +198,9 @@ class Transformer(nnx.Module):
         without_latent = config.num_layers - config.latent_layers
         graphdef, stacked_params = nnx.split(self.blocks)
 
-        def apply_block(states: tuple, layer: Any, only: jax.Array | None = None) -> tuple[tuple, None]:
+        def apply_block(
+            states: tuple, layer: Any, only: jax.Array | None = None, halve: Callable = lambda half: half
+        ) -> tuple[tuple, None]:
             (x, first, latents), (params, rng, number) = states, layer
             block: Any = nnx.merge(graphdef, params)
             noise = None if context.noise is None else Noise(rng, context.noise.row)
@@ -202,10 +219,10 @@ class Transformer(nnx.Module):
                 passes = number >= without_latent
                 own = own._replace(passes=passes)
                 latent_noise = None if noise is None else noise._replace(rng=jax.random.fold_in(noise.rng, 1))
-                replaced, mean = block.latent(x, latent_noise)
+                replaced, mean = halve(lambda x: block.latent(x, latent_noise))(x)
                 x = jnp.where(passes, replaced, x)
                 latents = jnp.where(passes, latents.at[:, number - without_latent].set(mean), latents)
-            x = self.layout.rows(block(x, own))
+            x = self.layout.rows(block(x, own, halve))
             return (x, first if first is None else jnp.where(number == 0, x, first), latents), None
 
         rngs = None if context.noise is None else context.noise.rng
@@ -223,14 +240,17 @@ class Transformer(nnx.Module):
 
 
 def rematerialize(apply_block: Callable, config: ConfigDict, number: int) -> Callable:
-    """Makes the backward pass of block `number` recompute what neither `config.remat` nor `config.saved` saves."""
+    """Makes the backward pass of block `number` recompute what neither `config.remat` nor `config.saved` saves.
+
+    The statistics of norms are always saved: two numbers per token spare a pass over its state.
+    Attention's result is saved as what passes from one half of a block to the other. If a policy saved it by name, within one
+    checkpoint, JAX would put a reduce_precision behind the kernel: on TPU a pass over it in memory.
+    """
     if config.remat == "none":
         return apply_block
     policies = jax.checkpoint_policies
-    names = [name for name, blocks in config.saved if number < blocks]
-    save_named = policies.save_only_these_names(*names, *[ATTENTION_OUTPUT] * (config.remat != "full"))
-    save_products = policies.dots_with_no_batch_dims_saveable
-    return jax.checkpoint(
-        apply_block,
-        policy=policies.save_from_both_policies(save_products, save_named) if config.remat == "dots" else save_named,
-    )
+    policy = policies.save_only_these_names(ops.STATISTICS, *(name for name, blocks in config.saved if number < blocks))
+    if config.remat == "dots":
+        policy = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, policy)
+    checkpoint = functools.partial(jax.checkpoint, policy=policy)
+    return checkpoint(apply_block) if config.remat == "full" else functools.partial(apply_block, halve=checkpoint)

@@ -22,10 +22,8 @@ from contrastive_jax.inference import batching, forward
 from contrastive_jax.planning import estimate, hardware, program
 from contrastive_jax.runtime import layout, sharding
 from contrastive_jax.training import build as build_lib
-from contrastive_jax.training import views, warm_start
+from contrastive_jax.training import views
 
-# The values of config.model.remat, from the least recomputation to the most.
-REMAT_POLICIES = ("none", "dots", "attention", "full")
 DEFAULT_VOCAB_SIZE = 65_536
 
 # What a plan is: the figures of one recipe on one machine, by name, as they are written to JSON.
@@ -260,103 +258,23 @@ def format_plan(plan: Plan) -> str:
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
 
 
-def search_micro_batches(
-    config: ConfigDict, target: hardware.Target, vocab_size: int, schedules: pathlib.Path, known: Plan
-) -> list[Plan]:
-    """Finds a large micro-batch that fits, for each remat policy.
-
-    Tries smaller and smaller micro-batches per policy until one fits. Prints a line per trial; each trial is compiled, which is
-    slow.
+def plan_recipe(
+    config: ConfigDict, target: hardware.Target, vocab_size: int, schedules: pathlib.Path, evaluation: bool = False
+) -> Plan:
+    """Plans a recipe for a machine, and prints the plan.
 
     Args:
-      config: the recipe. Each trial is a copy of it with another remat and micro-batch.
+      config: the recipe, with `init_from` resolved.
       target: the machine.
       vocab_size: the number of token ids.
-      schedules: the folder for the TPU compiler's schedules of Pallas kernels, as in `configure_compilers`.
-      known: the plan of the recipe as it is; a trial with the same remat and micro-batch is not compiled again.
-
-    Returns:
-      One plan per remat policy under which some micro-batch fits.
-    """
-    plans = []
-    for policy in REMAT_POLICIES:
-        size: int | None = 0  # pairs over all devices; 0: the whole batch at once; None: no smaller size is left
-        while size is not None:
-            trial = config.copy_and_resolve_references()
-            trial.model.remat, trial.micro_batch, trial.micro_batch_tokens = policy, size, 0
-            # A plan has the resolved micro-batch, in pairs, whichever config key of the recipe sets it.
-            is_known = (policy, size) == (known["remat"], known["micro_batch"])
-            plan = known if is_known else plan_step(trial, target, vocab_size, schedules)
-            peak, capacity = plan["memory"]["peak"], plan["memory"]["capacity"]
-            used = f"device memory {peak / hardware.GIB:.2f} of {capacity / hardware.GIB:.2f} GiB"
-            verdict = "fits" if plan["fits"] else "does not fit"
-            print(f"  remat {policy}, {format_micro_batch(size)}: {used}: {verdict}", flush=True)
-            if plan["fits"]:
-                plans.append(plan)
-                break
-            size = smaller_micro_batch(
-                size or config.data.batch_size, peak / capacity, plan["batch_shards"] * config.data.pack_pairs
-            )
-    return plans
-
-
-def smaller_micro_batch(size: int, excess: float, multiple: int) -> int | None:
-    """Returns the next micro-batch to try after one that did not fit, or None if there is no smaller one.
-
-    Args:
-      size: the micro-batch that did not fit, pairs.
-      excess: the memory that it needs divided by the memory of the device, above 1.
-      multiple: the micro-batch must be a multiple of this.
-
-    Returns:
-      The size divided by the excess, but at most half the size, rounded down to a multiple; at least one multiple.
-    """
-    count = size // multiple // max(2, math.ceil(excess))
-    if count:
-        return count * multiple
-    return multiple if size > multiple else None
-
-
-def plan_recipe(
-    config: ConfigDict,
-    target: hardware.Target,
-    vocab_size: int | None,
-    search: bool,
-    schedules: pathlib.Path,
-    evaluation: bool = False,
-) -> tuple[Plan, list[Plan]]:
-    """Plans a recipe for a machine and prints the plan; then searches for what fits, if asked to or if the recipe does not.
-
-    Args:
-      config: the recipe.
-      target: the machine.
-      vocab_size: the number of token ids; None: that of the prepared data, or 65,536 if there are none.
-      search: whether to search although the recipe fits.
       schedules: an empty folder for the compiler's output.
       evaluation: whether to plan the memory of evaluations too.
-
-    Returns:
-      The plan of the recipe, and the plans that the search found.
     """
-    configure_compilers(target, schedules)
-    vocab_size = vocab_size or vocab_size_of_data(config.data.dir)
-    config = warm_start.resolve(config)
     plan = plan_step(config, target, vocab_size, schedules)
     if evaluation:
         plan["evaluation"] = plan_evaluation(config, target, vocab_size)
     print(format_plan(plan), flush=True)
-    if plan["fits"] and not search:
-        return plan, []
-    print("searching for a large micro-batch that fits, for each remat policy", flush=True)
-    fitting = search_micro_batches(config, target, vocab_size, schedules, plan)
-    for other in sorted(fitting, key=lambda other: other["step_seconds"]):
-        gib, overrides = other["memory"]["peak"] / hardware.GIB, f"--config.model.remat={other['remat']}"
-        overrides += f" --config.micro_batch={other['micro_batch']}"
-        bounds = f"step at least {other['step_seconds']:.4f} s, MFU at most {other['mfu']:.1%}"
-        print(f"fits: {overrides}  peak {gib:.2f} GiB per device, {bounds}")
-    if not fitting:
-        print(f"nothing fits on {target.name}: raise config.mesh.fsdp or config.mesh.tensor, or take a larger machine")
-    return plan, fitting
+    return plan
 
 
 def vocab_size_of_data(folder: str) -> int:

@@ -3,6 +3,8 @@
 import functools
 import logging
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ from ml_collections import ConfigDict
 from contrastive_jax.config import UserError, default_config
 from contrastive_jax.data import pipeline, prepared
 from contrastive_jax.inference import batching
-from contrastive_jax.models import attention
+from contrastive_jax.models import attention, encoder, fused_attention
 from contrastive_jax.models.dropout import Noise
 from contrastive_jax.models.layer_context import LayerContext
 from contrastive_jax.planning import hardware
@@ -109,6 +111,73 @@ def test_kernel_in_bfloat16_stays_near_float32() -> None:
     layout = Layout()
     fused = functools.partial(attention.fused, config, layout)
     check_equals_plain(config, layout, 3, 200, fused, dtype=jnp.bfloat16, bound=0.01)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "width", "dtype", "bound"),
+    [(None, 16, "float32", 3e-6), (1, 64, "float32", 3e-6), (2, 32, "float32", 3e-6), (None, 64, "bfloat16", 0.02)],
+)
+def test_projections_and_kernel_as_one_function_equal_plain(mesh: int | None, width: int, dtype: str, bound: float) -> None:
+    """On one device and on eight, of which 1 or 2 share the heads; two heads of 64 lie beside each other in the lanes."""
+    config = model_config(causal=True, attention_dropout=0.2, dtype=dtype)
+    config.head_dim = width
+    layout = Layout()
+    if mesh:
+        layout = on_mesh(sharding.make_mesh(ConfigDict({"data": 2, "fsdp": -1, "tensor": mesh})))
+    rng = np.random.default_rng(2)
+    n, length, d, m = 16, 40, 24, config.num_heads * width
+    x = jnp.asarray(rng.normal(size=(n, length, d)), dtype)
+    kernels = tuple(jnp.asarray(rng.normal(size=(d, m)) / d**0.5, dtype) for _ in range(3))
+    segment = packed_segments(n, length)
+    weight = rng.normal(size=(n, length, m)) * (segment > 0)[:, :, None]
+    noise = Noise(jax.random.key(3), jnp.arange(n))
+    context = LayerContext(jnp.asarray(segment), jnp.arange(length)[None], noise=noise)
+
+    def separate(x: jax.Array, kernels: tuple) -> jax.Array:
+        heads = ((x @ kernel).reshape(n, length, -1, width) for kernel in kernels)
+        return attention.plain(config, *heads, context).reshape(n, length, m)
+
+    def run(attend: Callable, *inputs: Any) -> list[np.ndarray]:
+        def loss(*inputs: Any) -> tuple[jax.Array, jax.Array]:
+            out = attend(*inputs).astype(jnp.float32) * weight
+            return out.sum(), out
+
+        (_, out), gradients = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(*inputs)
+        return [np.asarray(y, np.float32) for y in jax.tree.leaves((out, gradients))]
+
+    wide = jax.tree.map(lambda y: y.astype(jnp.float32), (x, kernels))  # the same inputs, rounded to `dtype`
+    expected = run(separate, *wide)
+    actual = run(lambda x, kernels: fused_attention.project_and_attend(config, layout, x, kernels, context), x, kernels)
+    for one, other in zip(expected, actual, strict=True):
+        assert np.linalg.norm(other - one) <= bound * np.linalg.norm(one)
+
+
+@pytest.mark.parametrize(
+    ("changes", "projects"),
+    [
+        ({}, True),
+        ({"num_kv_heads": 2}, False),
+        ({"position": "rotary"}, False),
+        ({"bias": True}, False),
+        ({"attention": "auto"}, False),
+    ],
+)
+def test_an_encoder_projects_in_the_kernel_where_it_may(changes: dict, projects: bool) -> None:
+    """With equal vectors and gradients: those of the other attention."""
+    config = model_config(attention="fused", bias=False, position="learned", num_layers=2, d_model=32, remat="attention")
+    config.update(max_length=12, d_ff=32, **changes)
+    assert attention.projects_in_kernel(config, Layout()) == projects
+    tokens = np.random.default_rng(0).integers(4, 50, (3, 12)).astype(np.int32)
+    segment = (np.arange(12) < np.array([[12], [5], [1]])).astype(np.int32)
+
+    def gradient(kind: str) -> Any:
+        own = config.copy_and_resolve_references()
+        own.attention = kind
+        model = encoder.make_encoder(own, 50)
+        params = model.init(jax.random.key(0))
+        return jax.jit(jax.value_and_grad(lambda p: jnp.sum(model.apply(p, tokens, segment)[:, :3])))(params)
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradient("plain"), gradient("fused"))
 
 
 @pytest.mark.parametrize(("causal", "window"), [(False, None), (True, None), (False, 7)])

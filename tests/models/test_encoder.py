@@ -146,7 +146,7 @@ def test_zero_initialised_branches_start_as_a_bag_of_embeddings() -> None:
     np.testing.assert_allclose(model.apply(params, tokens, mask, None), bag.apply(table, tokens, mask, None), atol=1e-6)
 
 
-SAVED = (("query", 1), ("up", 2))
+SAVED = (("query", 1), ("middle", 1), ("up", 2))
 
 
 @pytest.mark.parametrize(
@@ -182,12 +182,13 @@ def test_what_is_saved_is_not_computed_again() -> None:
 
     nothing = products(())
     assert products((("up", 1),)) == nothing - 1 and products((("up", 2), ("query", 1), ("value", 2))) == nothing - 5
+    assert products((("middle", 2),)) == nothing - 2  # the products of attention's last projection
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"saved": (("mixed", 2),)},
+        {"saved": (("out", 2),)},
         {"saved": SAVED, "remat": "none"},
         {"saved": SAVED, "scan": True},
         {"saved": SAVED, "mixer": "conv", "local_window": 2, "position": "none"},

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from contrastive_jax.config import UserError
-from contrastive_jax.planning import estimate, hardware, plan, program
+from contrastive_jax.planning import estimate, hardware, plan, program, search
 from contrastive_jax.runtime import sharding
 from contrastive_jax.training import build
 
@@ -260,33 +260,76 @@ def test_longer_texts_cost_parameters_but_no_flops() -> None:
 def test_the_next_micro_batch_is_at_most_half_and_a_multiple(
     size: int, excess: float, multiple: int, smaller: int | None
 ) -> None:
-    assert plan.smaller_micro_batch(size, excess, multiple) == smaller
+    assert search.smaller_micro_batch(size, excess, multiple) == smaller
 
 
-def test_the_search_compiles_the_known_plan_no_second_time(
+def fake_plan(trial: ConfigDict, seconds: float, peak: float) -> plan.Plan:
+    """Returns the plan of a step on a machine of 64 bytes per device."""
+    found = {"remat": trial.model.remat, "micro_batch": trial.micro_batch, "batch_shards": 1, "compile_seconds": 1.0}
+    found |= {"mesh": dict(MESH), "memory": {"peak": peak, "capacity": 64.0}, "fits": peak <= 64}
+    return found | ({"step_seconds": seconds, "mfu": 0.5 / seconds} if peak <= 64 else {})
+
+
+def test_the_search_for_what_fits_compiles_the_known_plan_no_second_time(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     config = recipe("debug")
     config.micro_batch_tokens = 64 * 2 * 64  # 64 of the 128 pairs
     compiled = []
 
-    def plan_of(remat: str, size: int) -> plan.Plan:
-        memory = {"peak": float(size or 128), "capacity": 64.0}
-        return {"remat": remat, "micro_batch": size, "batch_shards": 1, "memory": memory, "fits": memory["peak"] <= 64}
-
     def plan_step(trial: ConfigDict, *_: object) -> plan.Plan:
         assert trial.micro_batch_tokens == 0
         compiled.append((trial.model.remat, trial.micro_batch))
-        return plan_of(*compiled[-1])
+        seconds = 1.0 + search.REMAT_POLICIES.index(trial.model.remat) + (trial.micro_batch > 0)
+        return fake_plan(trial, seconds, trial.micro_batch or 128.0)
 
     monkeypatch.setattr(plan, "plan_step", plan_step)
-    found = plan.search_micro_batches(config, hardware.parse_target("cpu:1"), 320, pathlib.Path(), plan_of("dots", 64))
-    assert [(one["remat"], one["micro_batch"]) for one in found] == [(policy, 64) for policy in plan.REMAT_POLICIES]
-    assert compiled == [("none", 0), ("none", 64), ("dots", 0), ("attention", 0), ("attention", 64), ("full", 0), ("full", 64)]
+    known = config.copy_and_resolve_references()
+    known.model.remat, known.micro_batch = "dots", 64
+    found = search.find_faster(
+        config, hardware.parse_target("cpu:1"), 320, pathlib.Path(), fake_plan(known, 3.0, 128.0), ["remat"]
+    )
+    assert [(one["remat"], one["micro_batch"]) for one in found] == [
+        ("none", 64),
+        ("dots", 32),
+        ("attention", 64),
+        ("full", 64),
+    ]
+    expected = [("none", 0), ("none", 64), ("dots", 0), ("dots", 32), ("attention", 0), ("attention", 64)]
+    assert compiled == [*expected, ("full", 0), ("full", 64)]
     assert config.micro_batch_tokens == 64 * 2 * 64
     lines = capsys.readouterr().out.splitlines()
-    assert re.match(r"  remat none, whole batch at once: device memory .* GiB: does not fit$", lines[0])
-    assert re.match(r"  remat none, micro-batch of 64 pairs: device memory .* GiB: fits$", lines[1])
+    assert lines[2].split() == "does not fit 0.00 of 0.00 1 s --config.model.remat=none --config.micro_batch=0".split()
+    assert lines[3].split() == "2.0000 s 25.0% 0.00 of 0.00 1 s --config.model.remat=none".split()
+    assert lines[-5] == "what fits, the fastest first" and lines[-4] == lines[3]
+
+
+def test_the_search_keeps_what_is_faster_along_each_axis(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """On a machine where each thing saved takes 10 of 64 bytes and spares 0.1 s; a loop and sharing layers cost time."""
+    config = recipe("debug")
+    config.model.update(remat="full", num_kv_heads=4)
+    config.mesh.update(fsdp=4)
+
+    def plan_step(trial: ConfigDict, *_: object) -> plan.Plan:
+        if trial.mesh.tensor == 4:
+            raise UserError("config.mesh.tensor=4: refused by the test")
+        names = dict(trial.model.saved)
+        per_block = sum(10 * blocks / config.model.num_layers for blocks in names.values())
+        seconds = 5.0 - 0.01 * per_block + 0.5 * trial.model.scan + 0.2 * trial.mesh.tensor
+        return fake_plan(trial, seconds, 20.0 + per_block - trial.micro_batch / 128)
+
+    monkeypatch.setattr(plan, "plan_step", plan_step)
+    known = plan_step(config)
+    axes = ["scan", "saved", "micro_batch", "tensor"]
+    found = search.find_faster(config, hardware.parse_target("cpu:8"), 320, pathlib.Path(), known, axes)
+    saved = "(('query', 1), ('key', 1), ('value', 1), ('middle', 1))"
+    assert found[0]["settings"] == f'--config.model.scan=False "--config.model.saved={saved}"'
+    assert found[0]["step_seconds"] < known["step_seconds"] == found[-1]["step_seconds"]
+    printed = capsys.readouterr().out
+    assert "--config.mesh.fsdp=1 --config.mesh.tensor=4: config.mesh.tensor=4: refused by the test" in printed
+    assert len(found) == len(printed.partition("what fits, the fastest first\n")[2].splitlines())
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:
@@ -322,7 +365,7 @@ def test_a_step_that_does_not_fit_leads_to_settings_that_do(dataset: pathlib.Pat
     )
     assert done.returncode == 1, done.stderr[-2000:]
     assert "DOES NOT FIT" in done.stdout
-    fits = [line for line in done.stdout.splitlines() if line.startswith("fits: ")]
+    fits = done.stdout.partition("what fits, the fastest first\n")[2].splitlines()
     assert fits and all("--config.micro_batch=" in line for line in fits)
 
 
@@ -332,6 +375,7 @@ def test_a_step_that_does_not_fit_leads_to_settings_that_do(dataset: pathlib.Pat
         ("--config.mesh.fsdp=3", "config.mesh.fsdp=3, config.mesh.tensor=1: must multiply to the 8 devices"),
         ("--output=/absent/plan.json", "--output=/absent/plan.json: give a file in a folder that exists"),
         ("--target=tpu:v9:4x4", "--target=tpu:v9:4x4: no such machine; give a chip (tpu:v4, "),
+        ("--search=remat,heads", "--search=heads: choose from remat, scan, saved, micro_batch, tensor"),
         ("--vocab_size=0", "flag --vocab_size=0: 0 is not a positive integer"),
     ],
 )
