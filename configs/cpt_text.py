@@ -4,9 +4,10 @@
     contrastive-jax plan --config=configs/cpt_text.py:s --target=tpu:v5e:16x16
 
 Widths and batches are those of the paper's table 1; layers and heads are GPT-3's of that size, but for size s, whose heads are
-128 wide, as those of the others, and not 64: they fill a TPU's matrix unit. The paper starts from GPT weights and gives neither
-learning rate, span lengths nor steps. Planned, not trained: size s takes 0.69 s per step on a v5e:16x16. The other sizes, their
-slices, and packing are in docs/results.md. We claim no quality.
+128 wide and not 64, as those of the others, because so they fill a TPU's matrix unit. The paper starts from GPT weights and
+gives neither learning rate, span lengths nor steps. Planned, not trained: size s takes 0.69 s per step on a v5e:16x16, where it
+saves what fits of its states. Its blocks are no loop, which would write and read them again. The other sizes, their slices, and
+packing are in docs/results.md. We claim no quality.
 """
 
 from ml_collections import ConfigDict
@@ -33,10 +34,8 @@ def get_config(size: str = "s") -> ConfigDict:
     config.model.update(num_layers=layers, d_model=width, d_ff=4 * width, num_heads=heads, num_kv_heads=heads)
     config.model.update(head_dim=width // heads, causal=True, position="learned", max_length=512, pooling="eos")
     # In the backward pass a bias is a column sum. TPUs do these slowly: they would take a tenth of the step.
-    config.model.update(bias=False, remat=remat, dtype="bfloat16")
-    if size == "s":
-        # What fits into a v5e besides. A loop over the blocks would write what is saved and read it back.
-        config.model.update(scan=False, saved=tuple((name, layers) for name in ("query", "key", "value", "middle")))
+    config.model.update(bias=False, remat=remat, dtype="bfloat16", scan=size != "s")
+    config.model.saved = tuple((name, layers) for name in ("query", "key", "value", "middle") if size == "s")
     config.optim.update(learning_rate=learning_rate, weight_decay=0.1, warmup_steps=2000, end_factor=0.1)
     config.mesh.update(fsdp=fsdp, tensor=tensor)
     return config

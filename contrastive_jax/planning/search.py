@@ -46,8 +46,8 @@ class Search:
 
     def fitting(self) -> list[Plan]:
         """Returns the plans that fit, the fastest first; each has the flags that change the recipe, "settings"."""
-        plans = [plan for plan in self._tried.values() if plan and plan["fits"]]
-        return sorted(plans, key=lambda plan: plan["step_seconds"])
+        plans = [found for found in self._tried.values() if found and found["fits"]]
+        return sorted(plans, key=lambda found: found["step_seconds"])
 
     def attempt(self, changes: Settings) -> Plan | None:
         """Compiles the best settings so far with these changes, prints the result, and keeps them if they are faster.
