@@ -33,7 +33,7 @@ def define_flags() -> None:
     cli.define_config()
     flags.DEFINE_string("target", None, f"The machine: {hardware.EXAMPLES}.", required=True)
     flags.DEFINE_string("output", None, "Also write the plan, and the plans that the search found, to this JSON file.")
-    flags.DEFINE_list("search", [], f"Search along these, one after another, for faster settings: {', '.join(search.AXES)}.")
+    flags.DEFINE_list("search", [], f"Search for faster settings along some of these, in this order: {', '.join(search.AXES)}.")
     flags.DEFINE_bool("evaluation", False, "Plan the memory of evaluations too.")
     flags.DEFINE_integer(
         "vocab_size",

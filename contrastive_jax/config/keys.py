@@ -198,11 +198,12 @@ KEYS = {
     "model.latent": Key(0, at_least(0)),
     "model.latent_layers": Key(4, at_least(1)),
     "model.latent_kappa": Key(32.0, above(0)),
-    # What the backward pass recomputes: "none", "dots" (all but matrix products and attention), "attention" (all but
-    # attention) or "full". Saving more is not always faster: the loop over layers writes what it saves and reads it back.
+    # What the backward pass recomputes: "none", "dots" (all but matrix products and the result of the mixer, before attention's
+    # projection), "attention" (all but that result) or "full"; the statistics of norms never. Saving more is not always
+    # faster: the loop over layers writes what it saves and reads it back.
     "model.remat": Key("none", choice("none", "dots", "attention", "full")),
     # What it does not recompute besides, as (name, blocks) pairs, in the first so many blocks: "query", "key", "value" (after
-    # the rotation by position), "middle" (the states between attention and MLP), "up" (before the MLP's activation):
+    # the rotation by position), "middle" (the sum of states and mixer), "up" (before the MLP's activation):
     # (("query", 24), ("up", 2)) may fill the memory that is left. In a loop over blocks (scan) all of them save the same.
     "model.saved": Key((), pairs(str)),
     # Run the blocks as one loop (lax.scan). Without it a step is faster, but compile time grows with the number of layers.

@@ -34,9 +34,9 @@ def make_attend(config: ConfigDict, layout: Layout) -> Attend:
     """
     if config.attention != "plain" and layout.platform in ("gpu", "cuda"):
         return functools.partial(cudnn_or_plain, config, layout)
-    return (
-        functools.partial(fused_or_plain, config, layout) if runs_kernel(config, layout) else functools.partial(plain, config)
-    )
+    if runs_kernel(config, layout):
+        return functools.partial(fused_or_plain, config, layout)
+    return functools.partial(plain, config)
 
 
 def runs_kernel(config: ConfigDict, layout: Layout) -> bool:
@@ -48,7 +48,7 @@ def runs_kernel(config: ConfigDict, layout: Layout) -> bool:
     return config.attention == "fused" or (layout.platform == "tpu" and fills_lanes)
 
 
-def projects_in_kernel(config: ConfigDict, layout: Layout) -> bool:
+def projects_with_kernel(config: ConfigDict, layout: Layout) -> bool:
     """Returns whether `fused_attention.project_and_attend` can stand for the projections and the attention."""
     plain_products = not config.bias and config.products == "float32"
     own_keys = config.num_kv_heads == config.num_heads

@@ -206,7 +206,7 @@ def backward_kernel(config: KernelConfig, *references: Any) -> None:
     """
     inputs = KernelInputs(*references[:8])
     gradient_ref, *outputs, key_sum, value_sum = references[8:]
-    query_gradient, key_gradient, value_gradient = outputs if len(outputs) == 3 else map(outputs[0].at.__getitem__, range(3))
+    query_gradient, key_gradient, value_gradient = outputs if len(outputs) == 3 else [outputs[0].at[i] for i in range(3)]
     scale = jnp.asarray(config.width**-0.5, inputs.query.dtype)
     for i in range(config.rows):
         key_sum[...] = jnp.zeros_like(key_sum)

@@ -215,7 +215,7 @@ def check_model(config: ConfigDict) -> None:
 
 def check_saved(config: ConfigDict) -> None:
     """Raises UserError if `config.saved` has a name that no block has, or could have no effect."""
-    names = [*("query", "key", "value") * (config.mixer == "attention"), "middle", *["up"] * (config.mlp != "none")]
+    names = [*("query", "key", "value") * (config.mixer == "attention"), *("middle", "up") * (config.mlp != "none")]
     shares = [blocks for _, blocks in config.saved]
     for wrong, need in (
         (any(name not in names for name, _ in config.saved), f"names among {', '.join(names)}"),

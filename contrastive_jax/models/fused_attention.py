@@ -1,6 +1,6 @@
 """The Pallas kernel of attention on each device's own rows and heads; where there is no TPU it is interpreted, for tests.
 
-Dimensions: n rows, l query tokens, s key tokens, d width of x, h heads, g key-value heads, k head width, m = h · k.
+Dimensions: n rows, l tokens per row, d width of x, h heads, g key-value heads, k head width, m = h · k.
 """
 
 import functools
@@ -110,6 +110,9 @@ class MeshKernel:
           inputs: those of `scalars_and_segments`, with query [n l h·k], key and value [n l g·k].
           gradient: see `run_kernel`.
           stacked: see `run_kernel`.
+
+        Returns:
+          What `run_kernel` returns, for the rows and heads of all devices.
         """
         layout, large = self._layout, (inputs.query, inputs.key, inputs.value, *([] if gradient is None else [gradient]))
 
@@ -161,48 +164,49 @@ def fused(
       UserError: from `make_kernel_config`.
     """
     kernel = MeshKernel(config, layout, query.shape, context)
-    flat = (x.reshape(*x.shape[:2], -1) for x in (query, key, value))  # [n l h k] -> [n l h·k]
+    q, k, v = (x.reshape(*x.shape[:2], -1) for x in (query, key, value))  # [n l h k] -> [n l h·k]
     with jax.named_scope("kernel"):
-        inputs = kernel.scalars_and_segments(context)._replace(**dict(zip(("query", "key", "value"), flat, strict=True)))
+        inputs = kernel.scalars_and_segments(context)._replace(query=q, key=k, value=v)
         return _attend(kernel, inputs).reshape(query.shape)
 
 
-Kernels = tuple[jax.Array, jax.Array, jax.Array]
+# The matrices of the projections to queries, keys and values.
+Weights = tuple[jax.Array, jax.Array, jax.Array]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _project_and_attend(kernel: MeshKernel, x: jax.Array, kernels: Kernels, inputs: KernelInputs) -> jax.Array:
-    """Attention of the projections of x[n l d] by three kernels [d m]: [n l m]; differentiable in x and the kernels."""
-    return _project_and_attend_forward(kernel, x, kernels, inputs)[0]
+def _project_and_attend(kernel: MeshKernel, x: jax.Array, weights: Weights, inputs: KernelInputs) -> jax.Array:
+    """Attention of the projections of x[n l d] by three matrices [d m]: [n l m]; differentiable in x and the matrices."""
+    return _project_and_attend_forward(kernel, x, weights, inputs)[0]
 
 
 def _project_and_attend_forward(
-    kernel: MeshKernel, x: jax.Array, kernels: Kernels, inputs: KernelInputs
+    kernel: MeshKernel, x: jax.Array, weights: Weights, inputs: KernelInputs
 ) -> tuple[jax.Array, tuple]:
     """Returns the value and what its gradient needs."""
     names = ("query", "key", "value")
     with jax.named_scope("qkv"):
-        projections = {name: checkpoint_name(x @ matrix, name) for name, matrix in zip(names, kernels, strict=True)}
+        projections = {name: checkpoint_name(x @ matrix, name) for name, matrix in zip(names, weights, strict=True)}
     with jax.named_scope("kernel"):
         inputs = inputs._replace(**projections)
-        return kernel.run(inputs)[0], (x, kernels, inputs)
+        return kernel.run(inputs)[0], (x, weights, inputs)
 
 
 def _project_and_attend_backward(kernel: MeshKernel, saved: tuple, gradient: jax.Array) -> tuple:
-    """Returns the gradients of x and of the kernels."""
-    x, kernels, inputs = saved
+    """Returns the gradients of x and of the matrices."""
+    x, weights, inputs = saved
     with jax.named_scope("kernel"):
         stacked = kernel.run(inputs, gradient, stacked=True)[0]
     with jax.named_scope("qkv"):
-        of_x = jnp.einsum("cnlm,cdm->nld", stacked, jnp.stack(kernels))
-        of_kernels = jnp.einsum("cnlm,nld->cdm", stacked, x)
-    return of_x, tuple(of_kernels), None
+        of_x = jnp.einsum("cnlm,cdm->nld", stacked, jnp.stack(weights))
+        of_weights = jnp.einsum("cnlm,nld->cdm", stacked, x)
+    return of_x, tuple(of_weights), None
 
 
 _project_and_attend.defvjp(_project_and_attend_forward, _project_and_attend_backward)
 
 
-def project_and_attend(config: ConfigDict, layout: Layout, x: jax.Array, kernels: Kernels, context: LayerContext) -> jax.Array:
+def project_and_attend(config: ConfigDict, layout: Layout, x: jax.Array, weights: Weights, context: LayerContext) -> jax.Array:
     """Projects x to queries, keys and values, and attends; for as many key-value heads as heads, without rotary positions.
 
     The kernel writes the gradients of all three into one array, so that the gradient of x is one product over it. The three
@@ -212,7 +216,7 @@ def project_and_attend(config: ConfigDict, layout: Layout, x: jax.Array, kernels
       config: `config.model`.
       layout: how rows and heads lie on the mesh.
       x: the states of the tokens, [n l d].
-      kernels: of the projections, [d h·k].
+      weights: of the projections, [d h·k] each.
       context: of the layer.
 
     Returns:
@@ -222,4 +226,4 @@ def project_and_attend(config: ConfigDict, layout: Layout, x: jax.Array, kernels
       UserError: from `make_kernel_config`.
     """
     kernel = MeshKernel(config, layout, (*x.shape[:2], config.num_heads, config.head_dim), context)
-    return _project_and_attend(kernel, x, kernels, kernel.scalars_and_segments(context))
+    return _project_and_attend(kernel, x, weights, kernel.scalars_and_segments(context))

@@ -1,7 +1,8 @@
 """What mixes the tokens of a row in a block: attention, and the alternatives to it.
 
-A mixer is a module (x[n l d], context) → [n l d], and its class an entry of MIXERS. None but attention takes packed rows. Those
-of FIXED_LENGTH need rows of `config.max_length` tokens; the Transformer pads them. What stands in padding changes nothing.
+A mixer is a module (x[n l d], context) → [n l d], and its class an entry of MIXERS. Attention alone is in two parts, `mix` and
+`project`, between which its result can be saved for the backward pass. None but attention takes packed rows. Those of
+FIXED_LENGTH need rows of `config.max_length` tokens; the Transformer pads them. What stands in padding changes nothing.
 
 Dimensions: n rows, l tokens per row (s of keys), d width, h heads, g key-value heads, r = h / g heads per key-value head,
 k head width, f feed-forward width, m = h · k.
@@ -21,7 +22,7 @@ from ml_collections import ConfigDict
 
 from contrastive_jax.config import UserError
 from contrastive_jax.models import ops
-from contrastive_jax.models.attention import Attend, attention_mask, plain, projects_in_kernel, softmax_of
+from contrastive_jax.models.attention import Attend, attention_mask, plain, projects_with_kernel, softmax_of
 from contrastive_jax.models.attention_kernel import MASKED
 from contrastive_jax.models.fused_attention import project_and_attend
 from contrastive_jax.models.layer_context import LayerContext
@@ -75,7 +76,7 @@ class Attention(nnx.Module):
         if context.only is not None:
             return self.of_one_token(x, context)
         with jax.named_scope("attention"):
-            if projects_in_kernel(self.config, self.layout) and not context.joined:
+            if projects_with_kernel(self.config, self.layout) and not context.joined:
                 query, key, value = (y.weight(x.dtype).reshape(x.shape[2], -1) for y in (self.query, self.key, self.value))
                 return project_and_attend(self.config, self.layout, x, (query, key, value), context)
             with jax.named_scope("qkv"):

@@ -32,6 +32,11 @@ PLAIN: dict[str, Callable] = {
 GATED: dict[str, Callable] = {"geglu": jax.nn.gelu, "geglu_exact": EXACT_GELU, "swiglu": jax.nn.silu}
 
 
+def unchanged(function: Callable) -> Callable:
+    """Returns the function as it is."""
+    return function
+
+
 class Mlp(nnx.Module):
     """The feed-forward branch: GELU (BERT, GPT) or a gated linear unit (Shazeer, arXiv 2002.05202)."""
 
@@ -68,16 +73,16 @@ class Block(nnx.Module):
         self.mlp = Mlp(config, layout, out_std, rngs) if config.mlp != "none" else None
         self.latent = Latent(config, layout, rngs) if config.latent else None
 
-    def __call__(self, x: jax.Array, context: LayerContext, halve: Callable = lambda half: half) -> jax.Array:
+    def __call__(self, x: jax.Array, context: LayerContext, checkpoint: Callable = unchanged) -> jax.Array:
         """Maps x[n l d] to [n l d], or with `context.only` to [n 1 d], with dropout if `context.noise` is not None.
 
         Args:
           x: the states of the tokens.
           context: of the layer.
-          halve: what to make of each half of the block, `mix` and `finish`, such as jax.checkpoint.
+          checkpoint: what wraps each half of the block, `mix` and `finish`: jax.checkpoint with a policy.
         """
-        mixed = halve(lambda x: self.mix(x, context))(x)
-        return halve(lambda x, mixed: self.finish(x, mixed, context))(x, mixed)
+        mixed = checkpoint(lambda x: self.mix(x, context))(x)
+        return checkpoint(lambda x, mixed: self.finish(x, mixed, context))(x, mixed)
 
     def mix(self, x: jax.Array, context: LayerContext) -> jax.Array:
         """Returns what the mixer makes of x[n l d], of attention without its projection: [n l m], or [n l d] of the others."""
@@ -199,7 +204,7 @@ class Transformer(nnx.Module):
         graphdef, stacked_params = nnx.split(self.blocks)
 
         def apply_block(
-            states: tuple, layer: Any, only: jax.Array | None = None, halve: Callable = lambda half: half
+            states: tuple, layer: Any, only: jax.Array | None = None, checkpoint: Callable = unchanged
         ) -> tuple[tuple, None]:
             (x, first, latents), (params, rng, number) = states, layer
             block: Any = nnx.merge(graphdef, params)
@@ -219,10 +224,10 @@ class Transformer(nnx.Module):
                 passes = number >= without_latent
                 own = own._replace(passes=passes)
                 latent_noise = None if noise is None else noise._replace(rng=jax.random.fold_in(noise.rng, 1))
-                replaced, mean = halve(lambda x: block.latent(x, latent_noise))(x)
+                replaced, mean = checkpoint(lambda x: block.latent(x, latent_noise))(x)
                 x = jnp.where(passes, replaced, x)
                 latents = jnp.where(passes, latents.at[:, number - without_latent].set(mean), latents)
-            x = self.layout.rows(block(x, own, halve))
+            x = self.layout.rows(block(x, own, checkpoint))
             return (x, first if first is None else jnp.where(number == 0, x, first), latents), None
 
         rngs = None if context.noise is None else context.noise.rng
@@ -242,9 +247,9 @@ class Transformer(nnx.Module):
 def rematerialize(apply_block: Callable, config: ConfigDict, number: int) -> Callable:
     """Makes the backward pass of block `number` recompute what neither `config.remat` nor `config.saved` saves.
 
-    The statistics of norms are always saved: two numbers per token spare a pass over its state.
-    Attention's result is saved as what passes from one half of a block to the other. If a policy saved it by name, within one
-    checkpoint, JAX would put a reduce_precision behind the kernel: on TPU a pass over it in memory.
+    The statistics of norms are always saved: two numbers per token spare a pass over the token states. Unless `config.remat` is
+    "full", the mixer's result is saved too, since it passes from one checkpoint of the block to the other. If a policy saved
+    it by name, within one checkpoint, JAX would put a reduce_precision behind attention's kernel: on TPU a pass over it.
     """
     if config.remat == "none":
         return apply_block
@@ -253,4 +258,4 @@ def rematerialize(apply_block: Callable, config: ConfigDict, number: int) -> Cal
     if config.remat == "dots":
         policy = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, policy)
     checkpoint = functools.partial(jax.checkpoint, policy=policy)
-    return checkpoint(apply_block) if config.remat == "full" else functools.partial(apply_block, halve=checkpoint)
+    return checkpoint(apply_block) if config.remat == "full" else functools.partial(apply_block, checkpoint=checkpoint)

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from contrastive_jax.config import UserError
@@ -34,14 +35,19 @@ class Search:
     """
 
     def __init__(self, config: ConfigDict, target: Target, vocab_size: int, schedules: pathlib.Path, known: Plan):
-        self._config, self._known = config, known
+        self._config = config
         self._compile_for = (target, vocab_size, schedules)
-        # A plan has the resolved micro-batch, in pairs, whichever config key of the recipe sets it.
-        self._own: Settings = {"model.remat": known["remat"], "micro_batch": known["micro_batch"]}
-        for key in ("model.scan", "model.saved", "mesh.fsdp", "mesh.tensor"):
-            section, _, name = key.partition(".")
-            self._own[key] = config[section][name]
-        self.best, self.plan = dict(self._own), known
+        # A plan has the resolved micro-batch, in pairs, and the resolved mesh, whatever the recipe says of them.
+        size = known["micro_batch"]
+        self._own: Settings = {
+            "model.remat": known["remat"],
+            "micro_batch": size if size < config.data.batch_size else 0,
+            "model.scan": config.model.scan,
+            "model.saved": config.model.saved,
+            "mesh.fsdp": known["mesh"]["fsdp"],
+            "mesh.tensor": known["mesh"]["tensor"],
+        }
+        self.best, self.best_plan = dict(self._own), known
         self._tried: dict[str, Plan | None] = {str(self._own): known}
 
     def fitting(self) -> list[Plan]:
@@ -63,21 +69,24 @@ class Search:
         flags = self._flags(settings)
         try:
             found: Plan | None = plan.plan_step(trial, *self._compile_for)
-        except UserError as error:
-            print(f"{'refused':>28}{'':>28}  {flags}: {error}", flush=True)
+        except (UserError, jax.errors.JaxRuntimeError) as error:  # the other trials are worth having
+            verdict = "refused" if isinstance(error, UserError) else "failed"
+            print(f"{verdict:>28}{'':>28}  {flags}: {str(error).splitlines()[0]}", flush=True)
             found = None
         self._tried[str(settings)] = found
         if found:
             found["settings"] = flags
             print(format_trial(found), flush=True)
-            is_first = not self.plan["fits"]
-            if found["fits"] and (is_first or found["step_seconds"] < self.plan["step_seconds"]):
-                self.best, self.plan = settings, found
+            is_first = not self.best_plan["fits"]
+            if found["fits"] and (is_first or found["step_seconds"] < self.best_plan["step_seconds"]):
+                self.best, self.best_plan = settings, found
         return found
 
     def _flags(self, settings: Settings) -> str:
         """Returns the flags that turn the recipe into these settings."""
         changed = {key: value for key, value in settings.items() if value != self._own[key]}
+        if "micro_batch" in changed and self._config.micro_batch_tokens:
+            changed["micro_batch_tokens"] = 0
         return " ".join(flag_of(key, value) for key, value in changed.items()) or "the recipe as it is"
 
     def remat(self) -> None:
@@ -100,7 +109,7 @@ class Search:
     def saved(self) -> None:
         """Tries to save queries, keys and values, then "middle" too, and "up" as far as memory is left."""
         model, blocks = self._config.model, self._config.model.num_layers
-        if self.best["model.remat"] == "none":
+        if self.best["model.remat"] in ("none", "dots"):  # these save all products
             return
         nothing = self.attempt({"model.saved": ()})
         projections = tuple((name, blocks) for name in ("query", "key", "value"))
@@ -110,24 +119,25 @@ class Search:
         self.attempt({"model.saved": (*projections, ("middle", blocks))})
         width = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
         up = (some["memory"]["peak"] - nothing["memory"]["peak"]) / width * model.d_ff  # bytes of all blocks
-        free = self.plan["memory"]["capacity"] - self.plan["memory"]["peak"]
-        count = min(int(0.9 * blocks * free / max(up, 1)), blocks)
-        if count == blocks or (count and not self.best["model.scan"]):
-            self.attempt({"model.saved": (*self.best["model.saved"], ("up", count))})
+        free = self.best_plan["memory"]["capacity"] - self.best_plan["memory"]["peak"]
+        chosen = dict(self.best["model.saved"])
+        chosen["up"] = min(chosen.get("up", 0) + int(0.9 * blocks * free / up), blocks) if up > 0 else 0
+        if chosen["up"] == blocks or (chosen["up"] and not self.best["model.scan"]):
+            self.attempt({"model.saved": tuple(chosen.items())})
 
     def micro_batch(self) -> None:
         """Tries micro-batches of a half and a quarter of the batch, and the whole batch at once."""
-        multiple = self.plan["batch_shards"] * self._config.data.pack_pairs
+        multiple = self.best_plan["batch_shards"] * self._config.data.pack_pairs
         for part in (1, 2, 4):
             size = self._config.data.batch_size // part // multiple * multiple
             self.attempt({"micro_batch": 0 if part == 1 else size})
 
     def tensor(self) -> None:
-        """Tries to share each layer among 1, 2, 4 and 8 devices, with so many fewer on the axis `fsdp`."""
-        devices = math.prod(self._known["mesh"][axis] for axis in ("fsdp", "tensor"))
+        """Tries to share each layer among 1, 2, 4 and 8 devices, with so many fewer on the axis `fsdp`, or else on `data`."""
+        devices = self._own["mesh.fsdp"] * self._own["mesh.tensor"]
         for size in (1, 2, 4, 8):
-            if self._config.model.num_kv_heads % size == 0 and devices % size == 0:
-                self.attempt({"mesh.tensor": size, "mesh.fsdp": devices // size})
+            if self._config.model.num_kv_heads % size == 0:
+                self.attempt({"mesh.tensor": size, "mesh.fsdp": max(devices // size, 1)})
 
 
 HEADER = f"{'step at least':>15}{'MFU at most':>13}{'peak, GiB':>15}{'compiled in':>13}  settings"

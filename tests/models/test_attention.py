@@ -166,7 +166,7 @@ def test_an_encoder_projects_in_the_kernel_where_it_may(changes: dict, projects:
     """With equal vectors and gradients: those of the other attention."""
     config = model_config(attention="fused", bias=False, position="learned", num_layers=2, d_model=32, remat="attention")
     config.update(max_length=12, d_ff=32, **changes)
-    assert attention.projects_in_kernel(config, Layout()) == projects
+    assert attention.projects_with_kernel(config, Layout()) == projects
     tokens = np.random.default_rng(0).integers(4, 50, (3, 12)).astype(np.int32)
     segment = (np.arange(12) < np.array([[12], [5], [1]])).astype(np.int32)
 

@@ -299,7 +299,8 @@ def test_the_search_for_what_fits_compiles_the_known_plan_no_second_time(
     assert compiled == [*expected, ("full", 0), ("full", 64)]
     assert config.micro_batch_tokens == 64 * 2 * 64
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2].split() == "does not fit 0.00 of 0.00 1 s --config.model.remat=none --config.micro_batch=0".split()
+    flags = "--config.model.remat=none --config.micro_batch=0 --config.micro_batch_tokens=0"
+    assert lines[2].split() == f"does not fit 0.00 of 0.00 1 s {flags}".split()
     assert lines[3].split() == "2.0000 s 25.0% 0.00 of 0.00 1 s --config.model.remat=none".split()
     assert lines[-5] == "what fits, the fastest first" and lines[-4] == lines[3]
 
