@@ -1,5 +1,7 @@
 """The encoder does what its config says, and equals a plain NumPy reference."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -183,6 +185,20 @@ def test_what_is_saved_is_not_computed_again() -> None:
     nothing = products(())
     assert products((("up", 1),)) == nothing - 1 and products((("up", 2), ("query", 1), ("value", 2))) == nothing - 5
     assert products((("middle", 2),)) == nothing - 2  # the products of attention's last projection
+
+
+def test_what_is_saved_costs_a_tpu_no_pass_of_its_own() -> None:
+    """Attention's result has no reduce_precision, which JAX puts behind what a policy saves by name: behind a kernel it is a pass
+    over memory, behind the queries a part of their product. Queries have three dimensions: with four the TPU would copy them."""
+    tokens, mask = make_rows()
+    config = model_config(dtype="bfloat16", remat="attention", saved=(("query", 2),), scan=False)
+    model = encoder.make_encoder(config, VOCAB)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    program = str(jax.make_jaxpr(jax.grad(lambda p: jnp.sum(model.apply(p, tokens, mask)[:, :3])))(params))
+    queries = re.findall(r"(\w+):bf16\[5,11,24\] = name\[name=query\]", program)
+    rounded = re.findall(r":(\S+) = reduce_precision\[.*?\] (\w+)", program)
+    assert len(queries) == program.count("name[name=query]") == 2
+    assert sorted(name for kind, name in rounded if kind != "f32[5,11,1]") == sorted(queries)  # those are statistics of norms
 
 
 @pytest.mark.parametrize(
