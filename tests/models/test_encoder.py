@@ -188,8 +188,8 @@ def test_what_is_saved_is_not_computed_again() -> None:
 
 
 def test_what_is_saved_costs_a_tpu_no_pass_of_its_own() -> None:
-    """Attention's result has no reduce_precision, which JAX puts behind what a policy saves by name: behind a kernel it is a pass
-    over memory, behind the queries a part of their product. Queries have three dimensions: with four the TPU would copy them."""
+    """Attention's result has no reduce_precision, which JAX puts behind what a policy saves by name: behind a kernel it is a
+    pass over memory, behind queries a part of their product. Queries have three dimensions: with four the TPU copies them."""
     tokens, mask = make_rows()
     config = model_config(dtype="bfloat16", remat="attention", saved=(("query", 2),), scan=False)
     model = encoder.make_encoder(config, VOCAB)
