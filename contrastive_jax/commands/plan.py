@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> None:
         result = plan.plan_recipe(config, target, vocab_size, schedules, values.evaluation)
         fitting = []
         if values.search or not result["fits"]:
-            fitting = search.find_faster(config, target, vocab_size, schedules, result, values.search)
+            fitting = search.Search(config, target, vocab_size, schedules, result).run(values.search)
     if output:
         files.write_text(output, json.dumps(result | {"search": fitting}, indent=2))
     sys.exit(0 if result["fits"] and result.get("evaluation", result)["fits"] else 1)

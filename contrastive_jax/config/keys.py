@@ -203,7 +203,7 @@ KEYS = {
     # faster: the loop over layers writes what it saves and reads it back.
     "model.remat": Key("none", choice("none", "dots", "attention", "full")),
     # What it does not recompute besides, as (name, blocks) pairs, in the first so many blocks: "query", "key", "value" (after
-    # the rotation by position), "middle" (the sum of states and mixer), "up" (before the MLP's activation):
+    # the rotation by position), "middle" (token states plus the mixer's result), "up" (before the MLP's activation):
     # (("query", 24), ("up", 2)) may fill the memory that is left. In a loop over blocks (scan) all of them save the same.
     "model.saved": Key((), pairs(str)),
     # Run the blocks as one loop (lax.scan). Without it a step is faster, but compile time grows with the number of layers.

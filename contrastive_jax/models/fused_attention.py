@@ -126,8 +126,7 @@ class MeshKernel:
         if layout.mesh is not None:
             by_row, by_row_and_head = P(layout.batch), P(layout.batch, None, layout.tensor)
             small = KernelInputs(P(), None, P(), by_row, None, None, None, by_row)
-            results = [by_row_and_head] * (1 if gradient is None else 3)
-            results = [P(None, *by_row_and_head)] if stacked else results
+            results = [P(None, *by_row_and_head)] if stacked else [by_row_and_head] * (1 if gradient is None else 3)
             run_on_device = jax.shard_map(
                 run_on_device,
                 mesh=layout.mesh,

@@ -47,8 +47,31 @@ class Search:
             "mesh.fsdp": known["mesh"]["fsdp"],
             "mesh.tensor": known["mesh"]["tensor"],
         }
-        self.best, self.best_plan = dict(self._own), known
-        self._tried: dict[str, Plan | None] = {str(self._own): known}
+        self.best, self.best_plan = dict(self._own), known | {"settings": self._flags(self._own)}
+        self._tried: dict[str, Plan | None] = {str(self._own): self.best_plan}
+
+    def run(self, axes: Sequence[str]) -> list[Plan]:
+        """Searches along some of AXES, one after another; prints a line per trial, and in the end all that fit.
+
+        Args:
+          axes: what to search. Where the recipe does not fit, "remat" is searched in any case.
+
+        Returns:
+          The plans that fit, the fastest first.
+        """
+        does_fit = self.best_plan["fits"]
+        chosen = [axis for axis in AXES if axis in axes or (axis == "remat" and not does_fit)]
+        print(f"searching for settings that {'are faster' if does_fit else 'fit'}, along {', '.join(chosen)}")
+        print(HEADER, flush=True)
+        for axis in chosen:
+            getattr(self, axis)()
+        fitting = self.fitting()
+        if fitting:
+            print("what fits, the fastest first", *map(format_trial, fitting), sep="\n")
+        else:
+            name = self._compile_for[0].name
+            print(f"nothing fits on {name}: raise config.mesh.fsdp or config.mesh.tensor, or take a larger machine")
+        return fitting
 
     def fitting(self) -> list[Plan]:
         """Returns the plans that fit, the fastest first; each has the flags that change the recipe, "settings"."""
@@ -59,7 +82,7 @@ class Search:
         """Compiles the best settings so far with these changes, prints the result, and keeps them if they are faster.
 
         Returns:
-          The plan; None if the config refuses the settings.
+          The plan; None if the config refuses the settings, or the compiler fails.
         """
         settings = self.best | changes
         if str(settings) in self._tried:
@@ -174,36 +197,3 @@ def smaller_micro_batch(size: int, excess: float, multiple: int) -> int | None:
     if count:
         return count * multiple
     return multiple if size > multiple else None
-
-
-def find_faster(
-    config: ConfigDict, target: Target, vocab_size: int, schedules: pathlib.Path, known: Plan, axes: Sequence[str]
-) -> list[Plan]:
-    """Searches along some of AXES, one after another; prints a line per trial, and in the end all that fit.
-
-    Args:
-      config: as for `Search`.
-      target: as for `Search`.
-      vocab_size: as for `Search`.
-      schedules: as for `Search`.
-      known: as for `Search`.
-      axes: what to search. Where nothing fits yet, "remat" comes first.
-
-    Returns:
-      The plans that fit, the fastest first.
-    """
-    known["settings"] = "the recipe as it is"
-    chosen = [axis for axis in AXES if axis in axes or (axis == "remat" and not known["fits"])]
-    print(
-        f"searching for settings that {'are faster' if known['fits'] else 'fit'}, along {', '.join(chosen)}\n{HEADER}",
-        flush=True,
-    )
-    search = Search(config, target, vocab_size, schedules, known)
-    for axis in chosen:
-        getattr(search, axis)()
-    fitting = search.fitting()
-    if fitting:
-        print("what fits, the fastest first", *map(format_trial, fitting), sep="\n")
-    else:
-        print(f"nothing fits on {target.name}: raise config.mesh.fsdp or config.mesh.tensor, or take a larger machine")
-    return fitting

@@ -286,9 +286,8 @@ def test_the_search_for_what_fits_compiles_the_known_plan_no_second_time(
     monkeypatch.setattr(plan, "plan_step", plan_step)
     known = config.copy_and_resolve_references()
     known.model.remat, known.micro_batch = "dots", 64
-    found = search.find_faster(
-        config, hardware.parse_target("cpu:1"), 320, pathlib.Path(), fake_plan(known, 3.0, 128.0), ["remat"]
-    )
+    known_plan = fake_plan(known, 3.0, 128.0)
+    found = search.Search(config, hardware.parse_target("cpu:1"), 320, pathlib.Path(), known_plan).run(["remat"])
     assert [(one["remat"], one["micro_batch"]) for one in found] == [
         ("none", 64),
         ("dots", 32),
@@ -324,7 +323,7 @@ def test_the_search_keeps_what_is_faster_along_each_axis(
     monkeypatch.setattr(plan, "plan_step", plan_step)
     known = plan_step(config)
     axes = ["scan", "saved", "micro_batch", "tensor"]
-    found = search.find_faster(config, hardware.parse_target("cpu:8"), 320, pathlib.Path(), known, axes)
+    found = search.Search(config, hardware.parse_target("cpu:8"), 320, pathlib.Path(), known).run(axes)
     saved = "(('query', 1), ('key', 1), ('value', 1), ('middle', 1))"
     assert found[0]["settings"] == f'--config.model.scan=False "--config.model.saved={saved}"'
     assert found[0]["step_seconds"] < known["step_seconds"] == found[-1]["step_seconds"]
