@@ -2,6 +2,7 @@
 
 from contrastive_jax.config.rules import (
     LAYERS,
+    NGRAMS,
     NUMBER,
     NUMBER_OR_NONE,
     OPTIONS,
@@ -155,6 +156,9 @@ KEYS = {
     # A norm right after the token and position embeddings (BERT, ModernBERT). With "pre" the first block's attention then has
     # no norm of its own.
     "model.embedding_norm": Key(False),
+    # Embeddings of n-grams too, as (tokens of an n-gram, rows of its table) pairs: ((2, 131072),) hashes each pair of
+    # neighbouring tokens to one of 131,072 rows, which is added to the embedding of the second. Empty: none.
+    "model.ngrams": Key((), NGRAMS),
     "model.position": Key("rotary", choice("learned", "rotary", "none")),
     "model.rope_theta": Key(10_000.0, above(0)),
     # Attend to earlier tokens only.

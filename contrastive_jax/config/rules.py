@@ -82,6 +82,14 @@ OPTIONS = Rule("give (name, value) pairs of texts, as in (('xla_tpu_scoped_vmem_
 NUMBER = Rule("must be a finite number", is_number)
 NUMBER_OR_NONE = Rule("must be a finite number, or None", lambda value: value is None or is_number(value))
 SIZES = Rule("give positive sizes, as in (512, 128)", lambda v: all(isinstance(x, int) and x > 0 for x in v))
+NGRAMS = Rule(
+    "give (tokens of an n-gram, rows of its table) pairs, as in ((2, 131072),): two tokens or more, rows in multiples of 128",
+    lambda v: (
+        all(type(pair) is tuple and len(pair) == 2 and all(type(x) is int for x in pair) for pair in v)
+        and all(order >= 2 and rows >= 128 and rows % 128 == 0 for order, rows in v)
+        and len(dict(v)) == len(v)
+    ),
+)
 LAYERS = Rule(
     "give (width, activation, bias) of each layer, as in ((512, 'tanh', True),); activations are 'identity' and 'tanh'",
     lambda layers: all(

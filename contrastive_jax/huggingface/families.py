@@ -358,8 +358,9 @@ def family_of(model: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """
     if model["mixer"] != "attention":
         raise UserError(f"config.model.mixer={model['mixer']!r}: transformers has no such encoder; use the run's own folder")
-    if model.get("latent"):
-        raise UserError(f"config.model.latent={model['latent']}: transformers has no such encoder; use the run's own folder")
+    for key in ("latent", "ngrams"):
+        if model.get(key):
+            raise UserError(f"config.model.{key}={model[key]}: transformers has no such encoder; use the run's own folder")
     differences = []
     for name, family in FAMILIES.items():
         if family.to_config is None:  # a family that is only read

@@ -278,9 +278,9 @@ def write_folder(
         (folder / path).mkdir(exist_ok=True)
     if model["num_layers"]:
         weights.write_json(folder / "1_Pooling" / "config.json", pooling_config(model["pooling"], model["d_model"]))
-    if model["token_weights"]:
-        tokens = [tokenizer.id_to_token(number) or "" for number in range(tokenizer.get_vocab_size())]
-        weights.save_token_weights(folder / "0_WordWeights", np.asarray(params["token_weight"]), tokens)
+        if model["token_weights"]:
+            tokens = [tokenizer.id_to_token(number) or "" for number in range(tokenizer.get_vocab_size())]
+            weights.save_token_weights(folder / "0_WordWeights", np.asarray(params["token_weight"]), tokens)
     for name, layer in dense_layers(model).items():
         weights.save_dense(folder / dense[name], params[name], layer.activation)
     modules = [

@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from contrastive_jax import files
 from contrastive_jax.config import UserError
-from contrastive_jax.config.dense import Dense
+from contrastive_jax.config.dense import Dense, dense_layers
 from contrastive_jax.huggingface.families import FAMILIES, Entry, Family, family_of
 
 Params = Any  # nested dict of arrays
@@ -35,7 +35,7 @@ VECTOR = "sentence_embedding"  # the name that sentence-transformers' modules ha
 DENSE = {"identity": "torch.nn.modules.linear.Identity", "tanh": "torch.nn.modules.activation.Tanh"}
 # Values of `config.model` of a StaticEmbedding, which is the mean of the embeddings of tokens.
 BAG: dict[str, Any] = dict(num_layers=0, position="none", embedding_norm=False, final_norm=False)
-BAG |= dict(pooling="mean", pool_tanh="", token_weights=False)
+BAG |= dict(pooling="mean", pool_tanh="", token_weights=False, ngrams=())
 
 
 class Imported(NamedTuple):
@@ -206,14 +206,20 @@ def save_transformer(folder: pathlib.Path, params: Params, model: dict[str, Any]
 def save_bag(folder: pathlib.Path, params: Params, model: dict[str, Any]) -> None:
     """Writes a bag of embeddings as sentence-transformers' StaticEmbedding.
 
+    A token's weight is multiplied into its embedding. The mean then has another length, but the same direction, which alone
+    is left where no dense layer follows.
+
     Raises:
       UserError: the encoder is more than that; the message names the keys that differ.
     """
-    wrong = [key for key, value in BAG.items() if model[key] != value]
+    folds = model["token_weights"] and not dense_layers(model)
+    wrong = [key for key, value in BAG.items() if model[key] != value and not (key == "token_weights" and folds)]
     if wrong:
         changes = ", ".join(f"{key}={BAG[key]!r} (is {model[key]!r})" for key in wrong)
         raise UserError(f"config.model: no layers, but no plain bag of embeddings either; that has {changes}")
-    save_tensors(folder, {BAG_TABLE: np.ascontiguousarray(params["transformer"]["embedding"])})
+    table = np.asarray(params["transformer"]["embedding"])
+    table = table * np.exp(np.asarray(params["token_weight"]))[:, None] if folds else table
+    save_tensors(folder, {BAG_TABLE: np.ascontiguousarray(table)})
 
 
 def save_dense(folder: pathlib.Path, params: Params, activation: str) -> None:

@@ -21,6 +21,7 @@ from contrastive_jax.models.latent import Latent
 from contrastive_jax.models.layer_context import LayerContext
 from contrastive_jax.models.layers import Linear, Norm, parameter
 from contrastive_jax.models.mixers import FIXED_LENGTH, MIXERS, Parts
+from contrastive_jax.models.ngrams import Ngrams
 from contrastive_jax.runtime.layout import Layout
 
 EXACT_GELU = functools.partial(jax.nn.gelu, approximate=False)
@@ -120,6 +121,7 @@ class Transformer(nnx.Module):
         self.config, self.layout = config, layout
         init = initializers.normal(config.init_std)
         self.embedding = parameter(rngs, init, (vocab_size, config.d_model), ("vocab", "embed"))
+        self.ngrams = Ngrams(config, layout, rngs) if config.ngrams else None
         self.position_embedding = (
             parameter(rngs, init, (config.max_length, config.d_model), (None, "embed"))
             if config.position == "learned"
@@ -161,7 +163,7 @@ class Transformer(nnx.Module):
             rngs = jax.random.split(noise.rng, config.num_layers + 1)
             embedding_noise, block_noise = Noise(rngs[-1], noise.row), Noise(rngs[:-1], noise.row)
         with jax.named_scope("embedding"):
-            x = self.embed(tokens, position)
+            x = self.embed(tokens, segment, position)
             x = dropout(x.astype(config.dtype), config.dropout, embedding_noise)
         first = latents = None
         if self.blocks is not None:
@@ -177,9 +179,10 @@ class Transformer(nnx.Module):
         """Returns the embedding table float32[vocab d], whole on each device in its `embed` axis."""
         return self.layout.gather(self.embedding[...], ("vocab", "embed"))
 
-    def embed(self, tokens: jax.Array, position: jax.Array | None) -> jax.Array:
-        """Returns the sum of token and position embeddings, normalised if the model has an embedding norm: float32[n l d]."""
+    def embed(self, tokens: jax.Array, segment: jax.Array, position: jax.Array | None) -> jax.Array:
+        """Returns the sum of the embeddings of tokens, n-grams and positions, normalised or not: float32[n l d]."""
         x = self.layout.rows(self.table()[tokens])
+        x = x if self.ngrams is None else x + self.ngrams(tokens, segment)
         if self.position_embedding is not None:
             table = self.position_embedding[...]
             x = x + (ops.repeat_table(table[: tokens.shape[1]], len(x)) if position is None else table[position])

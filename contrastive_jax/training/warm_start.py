@@ -23,6 +23,8 @@ from contrastive_jax.runtime.model_name import parse_model_name, read_params
 # The keys of config.model that do not decide what the weights are; the new run's values win.
 FREE = {"dropout", "attention_dropout", "attention", "remat", "saved", "scan", "dtype", "products", "pooling", "pool_tanh"}
 FREE |= {"embedding_dim", "dense", "init", "init_std", "part_mask", "latent_kappa"}
+# Parameters that begin at 0 and then change nothing: a run may add them to a model that has none.
+ADDED = {"ngrams", "token_weights"}
 # The keys of config.model that say how it is computed, which a teacher has of the run.
 COMPUTATION = ("attention", "remat", "saved", "scan", "dtype", "products")
 # The sizes that `widen` multiplies, and the logical axes of parameters that have them.
@@ -52,7 +54,8 @@ def resolve(config: ConfigDict) -> ConfigDict:
             raise UserError(f"config.init_layers={layers}: {config.init_from} has {values['num_layers']} blocks, from 0")
         values["num_layers"] = len(layers)
     values |= {key: config.init_widen * values[key] for key in WIDENED if key in values}
-    changed = {key: value for key, value in values.items() if key not in FREE and resolved.model[key] != value}
+    values = {key: value for key, value in values.items() if key not in FREE and (value or key not in ADDED)}
+    changed = {key: value for key, value in values.items() if resolved.model[key] != value}
     resolved.model.update(changed)
     logging.info("config.model of %s: %s", config.init_from, changed)
     return resolved

@@ -86,6 +86,22 @@ def test_special_tokens_of_a_tokenizer_json_are_text_in_a_text(family: str, tmp_
     assert model.tokenize([text]) != model.tokenize(["the cat sat"])
 
 
+def test_token_weights_of_a_bag_are_multiplied_into_its_embeddings(
+    trained: tokenizer.Tokenizer, tmp_path: pathlib.Path
+) -> None:
+    for name, changes in {"run": {"embedding_dim": 0}, "projected": {}}.items():
+        (tmp_path / name).mkdir()
+        write_run(tmp_path / name, "bag", trained, token_weights=True, **changes)
+    model = text_model.load(str(tmp_path / "run"))
+    export.export(model, tmp_path / "out")  # where sentence-transformers is, SAMPLES have the same vectors there
+    np.testing.assert_allclose(text_model.load(str(tmp_path / "out")).encode(TEXTS), model.encode(TEXTS), atol=1e-6)
+    plain = text_model.load(str(tmp_path / "run"))
+    plain.params["token_weight"] = np.zeros_like(plain.params["token_weight"])
+    assert np.abs(plain.encode(TEXTS) - model.encode(TEXTS)).max() > 1e-2
+    with pytest.raises(UserError, match=r"that has token_weights=False \(is True\)"):
+        export.export(text_model.load(str(tmp_path / "projected")), tmp_path / "other")
+
+
 def test_what_transformers_lacks_is_named(trained: tokenizer.Tokenizer, tmp_path: pathlib.Path) -> None:
     write_run(tmp_path, "starcoder2", trained, final_norm=False)
     run = text_model.load(str(tmp_path))

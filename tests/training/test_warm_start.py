@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import recipe, shrink
 from etils import epath
-from hf_folders import TEXTS, WORDS, write_folder
+from hf_folders import TEXTS, WORDS, write_folder, write_run
 from ml_collections import ConfigDict
 
 from contrastive_jax.config import UserError
@@ -20,10 +20,11 @@ from contrastive_jax.runtime import checkpoint
 from contrastive_jax.training import build, loop
 
 
-def prepared(dataset: pathlib.Path, copy: pathlib.Path, tokenizer_json: pathlib.Path) -> pathlib.Path:
-    """Copies the dataset, as if it were prepared with this tokenizer.json."""
-    shutil.copytree(dataset, copy, ignore=shutil.ignore_patterns("tokenizer.model"))
-    shutil.copy(tokenizer_json, copy / "tokenizer.json")
+def prepared(dataset: pathlib.Path, copy: pathlib.Path, tokenizer_json: pathlib.Path | None = None) -> pathlib.Path:
+    """Copies the dataset, as if it were prepared with this tokenizer.json, or with its own tokenizer."""
+    shutil.copytree(dataset, copy, ignore=shutil.ignore_patterns("tokenizer.model") if tokenizer_json else None)
+    if tokenizer_json:
+        shutil.copy(tokenizer_json, copy / "tokenizer.json")
     manifest = json.loads((copy / "manifest.json").read_text())
     loaded = tokenizer.load(copy)
     manifest |= {"tokenizer_sha256": loaded.sha256, "reserved": loaded.reserved}
@@ -95,6 +96,22 @@ def test_what_cannot_be_started_from_is_named(dataset: pathlib.Path, tmp_path: p
         fresh(config_of(data, f"hf:{folder}"), tmp_path / "run")
     with pytest.raises(UserError, match="config.init_from: nowhere: no config.json there"):
         fresh(config_of(data, "nowhere"), tmp_path / "run")
+
+
+def test_a_run_may_add_token_weights_and_ngrams_to_a_model(dataset: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    data, trained, sizes = prepared(dataset, tmp_path / "data"), tokenizer.load(dataset), ((2, 128),)
+    for name, changes in {"plain": {}, "richer": {"token_weights": True, "ngrams": sizes}}.items():
+        (tmp_path / name).mkdir()
+        write_run(tmp_path / name, "bag", trained, embedding_dim=0, **changes)
+    config = config_of(data, str(tmp_path / "plain"))
+    config.model.update(token_weights=True, ngrams=sizes)
+    setup, params = fresh(config, tmp_path / "run")
+    assert setup.config.model.ngrams == sizes and setup.config.model.token_weights and not setup.config.model.num_layers
+    assert not params["transformer"]["ngrams"]["order_2"].any() and not params["token_weight"].any()
+    source = text_model.load(str(tmp_path / "plain")).params["transformer"]["embedding"]
+    np.testing.assert_array_equal(params["transformer"]["embedding"][: len(source)], source)
+    setup, params = fresh(config_of(data, str(tmp_path / "richer")), tmp_path / "second")
+    assert setup.config.model.ngrams == sizes and params["transformer"]["ngrams"]["order_2"].any()
 
 
 def test_tables_may_have_fewer_or_more_rows() -> None:
