@@ -20,6 +20,8 @@ def refusal_of(config: ConfigDict) -> str:
     for key, value in (("mixer", "attention"), ("latent", 0)):
         if config.model[key] != value:
             return f"^config.model.{key}={config.model[key]!r}: transformers has no such encoder; use the run's own folder$"
+    if config.model.ngrams and not config.model.num_layers:
+        return r"^config.model: no layers, but no plain bag of embeddings either; that has ngrams=\(\) \(is "
     bag_with_delimiters = config.data.delimiters and not config.model.num_layers
     return "^config.data.delimiters: a bag of embeddings with delimiters has no form" if bag_with_delimiters else ""
 
