@@ -1,10 +1,12 @@
 """Trains small encoders on the same data for the same minutes, and draws their query-key top-1 against minutes.
 
   GLIBC_TUNABLES=... python -m benchmarks.small_encoders --data=DIR --minutes=3       with the value that launch/local.sh sets
+  GLIBC_TUNABLES=... python -m benchmarks.small_encoders --data=DIR --recipe=pile_small --minutes=120 --evaluations=12
 
-Every candidate changes one thing in the recipe. Its steps, and so its schedule, are as many as the minutes hold by a short run
-before it: only the time of steps counts, neither compilation nor evaluation. Writes OUTPUT/small_encoders.md and .png; a
-candidate that is done is not run again. A candidate also takes two starts with compilation, and six evaluations.
+Candidates of `local` change one thing in the recipe each, those of `pile_small` are encoders with layers and without. The steps
+of a candidate, and so its schedule, are as many as the minutes hold by a short run before it: only the time of steps counts,
+neither compilation nor evaluation. Writes OUTPUT/small_encoders.md and .png; a candidate that is done is not run again. It also
+takes two starts with compilation, and the evaluations.
 """
 
 import json
@@ -18,16 +20,16 @@ from absl import app, flags, logging
 
 import contrastive_jax
 from benchmarks import common
+from configs import pile_small
 
 DATA = flags.DEFINE_string("data", None, "Prepared dataset.", required=True)
 OUTPUT = flags.DEFINE_string("output", "build/small_encoders", "Folder of the runs, the table and the plot.")
-RECIPE = flags.DEFINE_string("recipe", "local", "The recipe, NAME or NAME:VARIANT of configs/, that candidates change.")
 MINUTES = flags.DEFINE_float("minutes", 3.0, "Minutes of steps per candidate and seed.")
 SEEDS = flags.DEFINE_list("seeds", ["0"], "Seeds of each candidate.")
 ONLY = flags.DEFINE_list("only", None, "Candidates to run; by default all.")
 TASKS = flags.DEFINE_string("tasks", "", "Further tasks to score, as in config.eval.tasks: sts=DIR,probe=DIR.")
 PAIRS = flags.DEFINE_integer("pairs", 1000, "Pairs of the query-key test.")
-EVALUATIONS = 5
+EVALUATIONS = flags.DEFINE_integer("evaluations", 5, "Points of a curve, after that of the start.")
 PROBE_STEPS = 12
 
 # It has no states that should fit the cache: it is faster with the whole batch at once.
@@ -38,8 +40,7 @@ BAG = {
     "model.token_weights": False,
     "micro_batch": 0,
 }
-# Candidate → what it changes in the recipe.
-CANDIDATES: dict[str, dict[str, Any]] = {
+LOCAL: dict[str, dict[str, Any]] = {
     "the recipe": {},
     "bag": BAG,
     "bag, spans of one length": BAG | {"data.min_span": 62},
@@ -61,13 +62,35 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "the whole batch at once": {"micro_batch": 0},
     "products in float32": {"model.products": "float32"},
 }
+NGRAMS = pile_small.VARIANTS["ngrams"]
+# What a block is in `local`, and a rate at which it does not learn the training spans by heart.
+SMALL_BLOCK: dict[str, Any] = {
+    "model.num_layers": 1,
+    "model.num_heads": 1,
+    "model.num_kv_heads": 1,
+    "model.head_dim": 32,
+    "model.d_ff": 64,
+}
+SMALL_BLOCK |= {"model.zero_init_branches": True, "model.token_weights": True, "model.products": "bfloat16"}
+SMALL_BLOCK |= {"optim.learning_rate_rules": (("token_weight", 5.0), ("ngrams", 0.3), ("blocks", 0.1), (".*", 1.0))}
+CONVOLUTION = SMALL_BLOCK | {"model.mixer": "conv", "model.local_window": 2, "model.mlp": "none"}
+PILE_SMALL: dict[str, dict[str, Any]] = {
+    "bag": {},
+    "n-grams": NGRAMS,
+    "convolution over n-grams": NGRAMS | CONVOLUTION,
+    "convolution": CONVOLUTION,
+    "Transformer block": SMALL_BLOCK | {"model.position": "rotary", "model.final_norm": True, "micro_batch": 16},
+}
+# Recipe → candidate → what it changes in the recipe.
+CANDIDATES = {"local": LOCAL, "pile_small": PILE_SMALL}
+RECIPE = flags.DEFINE_enum("recipe", "local", list(CANDIDATES), "The recipe of configs/ whose candidates run.")
 
 
 def train(changes: dict[str, Any], seed: int, steps: int, workdir: pathlib.Path, evaluate: bool) -> list[dict[str, Any]]:
     """Trains so many steps of the recipe with {key: value} laid over it; returns the lines of its metrics.jsonl."""
     config = common.load_recipe(RECIPE.value)
     config.update_from_flattened_dict(changes)
-    every = max(steps // EVALUATIONS, 1)
+    every = max(steps // EVALUATIONS.value, 1)
     config.update(seed=seed, steps=steps, eval_every=every if evaluate else 0, checkpoint_every=0)
     config.log_every = max(every // 4, 1) if evaluate else PROBE_STEPS // 2
     config.data.dir, config.eval.tasks, config.eval.pairs = DATA.value, TASKS.value, PAIRS.value
@@ -81,7 +104,7 @@ def run(changes: dict[str, Any], seed: int, workdir: pathlib.Path) -> dict[str, 
     shutil.rmtree(workdir, ignore_errors=True)  # a run that was interrupted
     probe = train(changes, seed, PROBE_STEPS, workdir / "probe", evaluate=False)
     seconds = probe[-1]["step_seconds"] / (PROBE_STEPS - 1)  # the first step compiles, and does not count
-    lines = train(changes, seed, max(int(60 * MINUTES.value / seconds), EVALUATIONS), workdir / "run", evaluate=True)
+    lines = train(changes, seed, max(int(60 * MINUTES.value / seconds), EVALUATIONS.value), workdir / "run", evaluate=True)
     minutes, curve = 0.0, []
     scores: dict[str, float] = {}
     for line in lines:
@@ -98,7 +121,7 @@ def write_report(results: dict[str, dict[str, Any]], folder: pathlib.Path) -> st
     titles = common.columns(results.values())
     rows: list[list[str]] = []
     figure, axis = plt.subplots(figsize=(7, 5), layout="constrained")
-    for name in CANDIDATES:
+    for name in CANDIDATES[RECIPE.value]:
         runs = [result for key, result in results.items() if key.rpartition(", seed ")[0] == name]
         if not runs:
             continue
@@ -124,20 +147,21 @@ def write_report(results: dict[str, dict[str, Any]], folder: pathlib.Path) -> st
 def main(argv: list[str]) -> None:
     """Runs the candidates that are not done yet, and reports all."""
     del argv
-    unknown = [name for name in ONLY.value or [] if name not in CANDIDATES]
+    candidates = CANDIDATES[RECIPE.value]
+    unknown = [name for name in ONLY.value or [] if name not in candidates]
     if unknown:
-        raise app.UsageError(f"--only={unknown[0]}: choose from {', '.join(CANDIDATES)}")
+        raise app.UsageError(f"--only={unknown[0]}: choose from {', '.join(candidates)}")
     logging.set_verbosity(logging.ERROR)
     plt.switch_backend("Agg")  # needs no display
     folder = pathlib.Path(OUTPUT.value)
     protocol = {"data": DATA.value, "recipe": RECIPE.value, "minutes": MINUTES.value}
-    protocol |= {"tasks": TASKS.value, "pairs": PAIRS.value}
+    protocol |= {"tasks": TASKS.value, "pairs": PAIRS.value, "evaluations": EVALUATIONS.value}
     stored = common.open_results(folder / "results.json", protocol)
     for seed in SEEDS.value:
-        for name in ONLY.value or CANDIDATES:
+        for name in ONLY.value or candidates:
             key = f"{name}, seed {seed}"
             if key not in stored["rows"]:
-                result = run(CANDIDATES[name], int(seed), folder / "runs" / key.replace(" ", "-"))
+                result = run(candidates[name], int(seed), folder / "runs" / key.replace(" ", "-"))
                 stored["rows"][key] = result
                 (folder / "results.json").write_text(json.dumps(stored, indent=1))
                 top1 = result["query_key/mean/top1"]
