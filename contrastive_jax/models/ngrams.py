@@ -2,7 +2,7 @@
 
 Each n-gram of token ids is hashed to a row of a table, which is added to the embedding of the n-gram's last token: fastText
 (Bojanowski et al., arXiv 1607.04606) and sent2vec (Pagliardini et al., arXiv 1703.02507) average such rows, the Over-Tokenized
-Transformer (Huang et al., arXiv 2501.16975) puts them under its blocks. N-grams that share a row by chance share its meaning.
+Transformer (Huang et al., arXiv 2501.16975) puts them under its blocks. N-grams that share a row by chance share its vector.
 
 Dimensions: n rows of the batch, l tokens per row, d width.
 """
@@ -21,7 +21,7 @@ FACTOR = np.uint32(0x9E3779B1)  # odd, and without a pattern in its bits: 2^32 d
 
 
 class Ngrams(nnx.Module):
-    """The tables of `config.ngrams`, (order, rows) pairs. They begin at 0, so that a model without them can be gone on from."""
+    """The tables of `config.ngrams`, (order, rows) pairs. They begin at 0: a run may add them to a model that has none."""
 
     def __init__(self, config: ConfigDict, layout: Layout, rngs: nnx.Rngs):
         self.sizes, self.layout = config.ngrams, layout

@@ -180,7 +180,7 @@ class Transformer(nnx.Module):
         return self.layout.gather(self.embedding[...], ("vocab", "embed"))
 
     def embed(self, tokens: jax.Array, segment: jax.Array, position: jax.Array | None) -> jax.Array:
-        """Returns the sum of the embeddings of tokens, n-grams and positions, normalised or not: float32[n l d]."""
+        """Returns token plus n-gram and position embeddings, normalised where the model says so: float32[n l d]."""
         x = self.layout.rows(self.table()[tokens])
         x = x if self.ngrams is None else x + self.ngrams(tokens, segment)
         if self.position_embedding is not None:
