@@ -8,9 +8,9 @@ Pile-format text, query-key top-5 / top-1 is 86.8 / 66.1 % after 500 steps, 87.5
 the end; with a vocabulary of 32,768 (`prepare --vocab_size=32768`) 89.5 / 67.7 %, and of 131,072 (`--sample_mb=140` besides)
 90.0 / 69.9 % after 1,500 steps. Part of that is an easier test, since the same number of tokens holds more text.
 
-"ngrams" also has an embedding per pair of neighbouring tokens: 89.7 / 68.8 % after 24 minutes of one core (0.94 s per step).
-It is not exported, since sentence-transformers has no such encoder. What else was tried, layers among it, is in
-docs/results.md.
+"ngrams" also has an embedding per pair of neighbouring tokens: 89.7 / 68.8 % after 24 minutes of one core (0.94 s per step),
+but a little less on labelled sets, and sentence-transformers has no such encoder to export to. What else was tried, layers
+among it, is in docs/results.md.
 """
 
 from ml_collections import ConfigDict
