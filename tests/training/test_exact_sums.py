@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import SMALL_RECIPES, recipe
+from conftest import AS_USERS, SMALL_RECIPES, recipe
 from ml_collections import ConfigDict
 
 from contrastive_jax.data import pieces
@@ -25,6 +25,7 @@ def make_config(name: str, argument: str) -> ConfigDict:
     """The recipe at its own sizes, but for the number of pairs where that is large, and in float32."""
     config = recipe(name, *[argument] * bool(argument))
     config.model.products = "float32"
+    config.xla_options = (*config.xla_options, *AS_USERS)
     if config.data.batch_size > PAIRS:
         config.micro_batch = PAIRS // 2 if config.micro_batch else 0
         config.data.batch_size = PAIRS
