@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
+from models.test_encoder import VOCAB, make_model, make_rows, model_config
 
 from contrastive_jax.config import UserError, check, default_config
 from contrastive_jax.huggingface.families import family_of
 from contrastive_jax.models import encoder
 from contrastive_jax.models.ngrams import ngram_rows
 from contrastive_jax.runtime import layout, sharding
-from tests.models.test_encoder import VOCAB, make_model, make_rows, model_config
 
 SIZES = ((2, 128), (3, 256))
 
