@@ -6,7 +6,7 @@
 
 The first prints tables and writes a figure; it takes a minute, and needs no data: the order depends on the index alone. The
 second makes an index of a billion records, whose file shards are links to a few, and opens it in processes of their own. Expect
-the first batch after 10 seconds, in less than 1 GB of memory.
+the first batch after 3 to 10 seconds, in less than 1 GB of memory.
 """
 
 import itertools

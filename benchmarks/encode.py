@@ -6,7 +6,7 @@
 
 The texts have 1 to 250 words, log-uniform, cut from the source of Python's own modules. All sides tokenise, sort by length,
 and use all cores. They take turns, so that a busy machine slows all down; the result is the ratio of the medians.
-Expect 0.9 to 1.3 × the speed of sentence-transformers with its default batch of 32, in float32. The first call, which
+Expect 0.8 to 1.3 × the speed of sentence-transformers with its default batch of 32, in float32. The first call, which
 compiles once per length, is shown apart.
 """
 

@@ -6,7 +6,7 @@
 Both sides train the architecture of transformers' BertModel (post-norm, learned positions, GELU, no dropout), mean-pooled, with
 a symmetric cross-entropy over the batch and AdamW, at the width, depth, vocabulary, batch and length of each recipe; here
 without the loop over blocks (`model.scan=False`). They take turns, so that a busy machine slows both down; the result is the
-ratio of the medians. Expect 0.8 to 0.95 × PyTorch's speed on 2 CPU cores, in float32.
+ratio of the medians. Expect 0.65 to 0.95 × PyTorch's speed on 2 CPU cores, in float32.
 
 On a GPU both sides run on it: float32 as TF32, JAX's default there, and with --dtypes=bfloat16 in mixed precision. Give each
 side a part of the memory: XLA_PYTHON_CLIENT_MEM_FRACTION=.45.

@@ -1,4 +1,4 @@
-"""The honest floor: a bag of trainable token embeddings, mean-pooled, without layers. A Transformer has to beat it.
+"""The baseline: a bag of trainable token embeddings, mean-pooled, without layers. A Transformer has to beat it.
 
     contrastive-jax train --config=configs/bag.py --workdir=runs/bag --config.data.dir=data/pile
 

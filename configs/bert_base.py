@@ -1,6 +1,6 @@
-"""A BERT-base encoder: 12 layers, 768 wide, post-norm, learned positions, mean pooling; for one H100 or a v5e-16.
+"""A BERT-base encoder: 12 layers, 768 wide, post-norm, learned positions, mean pooling; for one H100 or 16 chips of v5e.
 
-    bash launch/gpu.sh --config=configs/bert_base.py --config.data.dir=DIR --workdir=DIR
+    bash launch/gpu.sh --config=configs/bert_base.py --config.data.dir=data/pile --workdir=runs/bert
     contrastive-jax plan --config=configs/bert_base.py --target=gpu:h100:1x1
 
 Planned, not trained: one H100 needs 39.4 of 73.2 GiB and 0.78 s per step (docs/results.md). We claim no quality.

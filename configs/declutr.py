@@ -3,8 +3,8 @@
     contrastive-jax train --config=configs/declutr.py --workdir=runs/declutr
 
 Giorgi et al., arXiv 2006.03659, §3. Lengths are those of the debug recipe; the paper has 32 to 512 tokens, of documents of
-2,048 or more. As a bag of embeddings (benchmarks/systems.py, one seed) query-key top-5 / top-1 is 67.0 / 41.3 %, where TF-IDF
-has 63.7 / 41.6 %, and InfoNCE on neighbouring spans 77.6 / 49.5 %.
+2,048 or more. As a bag of embeddings (benchmarks/systems.py, three seeds) query-key top-5 / top-1 is 66.3 / 40.4 %, where
+TF-IDF has 63.7 / 41.6 %, and InfoNCE on neighbouring spans 77.6 / 49.0 %.
 """
 
 from ml_collections import ConfigDict

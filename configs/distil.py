@@ -4,8 +4,9 @@
     bash launch/local.sh --config=configs/distil.py
 
 A bag of 64 whose cosines follow the teacher's, in place of a contrastive loss (RoFormer-Sim's second stage, kexue.fm/archives
-/8454). `distil.py:tokens` is DistilBERT (arXiv 1910.01108): its teacher is a run of configs/noise.py:mlm, deeper but as wide.
-To start from its blocks 0 and 2, say --config.init_from=runs/noise-mlm --config.init_layers='(0, 2)'.
+/8454). `distil.py:tokens` is DistilBERT (arXiv 1910.01108): its teacher is a run of configs/noise.py:mlm, as wide but deeper
+(--config.model.num_layers=3). To start from its blocks 0 and 2, say --config.init_from=runs/noise-mlm
+--config.init_layers='(0, 2)'.
 """
 
 from ml_collections import ConfigDict

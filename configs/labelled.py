@@ -1,7 +1,9 @@
 """Supervised pairs, five ways, from a run that was trained without labels (--config.init_from=runs/local).
 
-    contrastive-jax prepare --pairs='nli/*.jsonl' --tokenizer=runs/local --output=data/nli
-    contrastive-jax train --config=configs/labelled.py:softmax --workdir=runs/nli --config.data.dir=data/nli
+    contrastive-jax prepare --pairs='nli/*.jsonl' --labels=entailment,neutral,contradiction --tokenizer=runs/local \
+      --output=data/nli_local
+    contrastive-jax train --config=configs/labelled.py:softmax --config.init_from=runs/local --config.labels.classes='(3,)' \
+      --config.data.dir=data/nli_local --workdir=runs/nli
 
 infonce: with a hard negative, as in supervised SimCSE (arXiv 2104.08821). softmax: a classifier of [u, v, |u - v|] (SBERT,
 1908.10084). rdrop: the same with R-Drop (2106.14448). cosent, cosine: scores, such as those of STS.

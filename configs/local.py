@@ -1,4 +1,4 @@
-"""The default of launch/local.sh: one Transformer block that learns in minutes, on the embedded data.
+"""The default of launch/local.sh: one Transformer block that learns in minutes, on text of the Python installation.
 
     bash launch/local.sh
 

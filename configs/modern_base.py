@@ -1,6 +1,6 @@
 """A ModernBERT-base encoder (arXiv 2412.13663): rotary positions, gated MLP, two local layers per global one.
 
-    bash launch/gpu.sh --config=configs/modern_base.py --config.data.dir=DIR --workdir=DIR
+    bash launch/gpu.sh --config=configs/modern_base.py --config.data.dir=data/pile --workdir=runs/modern
     contrastive-jax plan --config=configs/modern_base.py --target=gpu:h100:1x1
 
 Planned, not trained: one H100 needs 57.1 of 73.2 GiB and 2.1 s per step (docs/results.md). We claim no quality.

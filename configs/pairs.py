@@ -1,7 +1,7 @@
 """Weak pairs at a large batch: questions and answers, titles and texts; what most encoders of today are trained on first.
 
     contrastive-jax prepare --pairs=pairs.toml --tokenizer=hf:FOLDER --record_tokens=510 --output=data/pairs
-    bash launch/gpu.sh --config=configs/pairs.py --config.init_from=hf:FOLDER --config.data.dir=data/pairs --workdir=DIR
+    bash launch/gpu.sh --config=configs/pairs.py --config.init_from=hf:FOLDER --config.data.dir=data/pairs --workdir=runs/pairs
 
 The setting of DenseOn (lightonai, 2025): 16,384 pairs, temperature 0.02, each batch from one source, and sources by the root
 of their sizes. FOLDER is a pretrained encoder, whose sizes replace those below. We have not trained it: no score is claimed.

@@ -1,7 +1,7 @@
 """One encoder that also writes: the second text of a row from the first (UniLM's mask, arXiv 1905.03197); docs/systems.md.
 
     bash launch/local.sh --config=configs/seq2seq.py:simbert
-    contrastive-jax generate --model=runs/simbert --input=texts.txt --output=pairs.jsonl
+    contrastive-jax generate --model=runs/seq2seq-simbert --input=texts.txt --output=pairs.jsonl
 
 A text from its noisy copy, without pairs: bart (1910.13461), t5 (1910.10683), tsdae (2104.06979); from a few numbers: univae
 (kexue.fm/archives/8475). One text of a pair from the other, with NT-Xent: simbert (7427), roformer_sim (8454).

@@ -13,7 +13,7 @@
 #
 # Options, among the arguments of the training:
 #   --processes=node|gpu   one process per node, which drives all of its GPUs (the default), or one per GPU
-#   --retries=N            how often in a row a failed job starts again; a newer checkpoint refills it (default 10)
+#   --retries=N            how often a failed job starts again without a newer checkpoint in between (default 10)
 #
 # Under SLURM, submit from the repository's root, in a folder that all nodes share. Five minutes before the time limit, or when
 # the job is preempted, the run saves a checkpoint and ends, and the job returns to the queue, as it does after a failure of a

@@ -27,8 +27,9 @@
 #   --gcloud=FLAG          one more flag for gcloud's "create", for example --gcloud=--network=NET; may be repeated
 #   --ssh=FLAG             one more flag for gcloud's "ssh" and "scp", for example --ssh=--internal-ip; may be repeated
 #   --env=KEY=VALUE        set an environment variable for the installation and the training; may be repeated
-#   --retries=N            how often in a row `run` starts a failed training again; a newer checkpoint refills it (default 10)
+#   --retries=N            how often `run` starts a failed training again without a newer checkpoint in between (default 10)
 #   --restarts=N           how often `run` starts again in all, after preemptions too (default 1000)
+#   --worker=N             the worker that logs, profile and ssh mean (default 0)
 #   --slice=N              the slice that logs, profile, ssh and --worker mean (default 0)
 #   --timeout=SECONDS      how long a worker may take to answer (default 60)
 #   --poll=SECONDS         time between two looks at the training; pauses after failures double it (default 20)

@@ -80,11 +80,11 @@ KEYS = {
     "data.pack_pairs": Key(1, at_least(1)),
     "data.pack_rows": Key(1, at_least(1)),
     # How the views of a pair are cut from a record: spans that follow one another ("neighbours"), one span alone ("span"), two
-    # chunks of whole sentences ("sentences", CoLE), an anchor and spans around it ("declutr"), or the texts of a pair
+    # runs of whole sentences ("sentences", CoLE), an anchor and spans around it ("declutr"), or the texts of a pair
     # ("fields", of data that was prepared with --pairs).
     "data.sampler": Key("neighbours", choice("neighbours", "span", "sentences", "declutr", "fields")),
     # Span lengths are uniform in [min_span, max_span] ("declutr": by Beta distributions); the gap between spans is uniform in
-    # [min_gap, max_gap] (0: adjacent). Chunks of sentences have at most max_span tokens, their records at least 2 × min_span.
+    # [min_gap, max_gap] (0: adjacent). Runs of sentences have at most max_span tokens, their records at least 2 × min_span.
     "data.min_span": Key(62, at_least(1)),
     "data.max_span": Key(62, at_least(1)),
     "data.min_gap": Key(0, at_least(0)),
@@ -100,7 +100,7 @@ KEYS = {
     "data.query_length": Key(0, at_least(0)),
     # neighbours, sentences: whether the query is always the earlier span ("kept") or either of the two ("random").
     "data.order": Key("random", choice("random", "kept")),
-    # sentences: how many make a chunk, and how many lie between the two at least and at most; None: any number.
+    # sentences: how many make a run, and how many lie between the two at least and at most; None: any number.
     "data.sentences": Key(3, at_least(1)),
     "data.min_separation": Key(1, at_least(0)),
     "data.max_separation": Key(int, Rule("must be at least 0, or None", lambda v: v is None or v >= 0)),

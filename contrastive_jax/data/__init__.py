@@ -1,4 +1,4 @@
-"""From raw documents to batches of token spans. Nothing in this room imports jax."""
+"""From raw documents to batches of token spans. Nothing in this subpackage imports jax."""
 
 import numpy as np
 

@@ -40,6 +40,7 @@ class LabelledPairs:
     def __init__(self, config: ConfigDict, run: build.Run, split: str = "validation"):
         plain = config.copy_and_resolve_references()  # copies of a pair differ by dropout and noise alone, which are off
         plain.data.copies, plain.labels.rdrop, plain.noise.ops, plain.tokens.name = 1, 0.0, (), ""
+        plain.objective.update(extra=(), weight=1.0)  # what is added to the loss of labels has no metric of them
         self._config, self._mesh = plain.data, run.mesh
         self._records = prepared.open_split(plain.data.dir, split, plain.data.cache_dir, plain.data.cache_gb)
         pipeline.check_fields(self._records.manifest, plain.data)

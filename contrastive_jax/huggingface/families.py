@@ -361,6 +361,10 @@ def family_of(model: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     for key in ("latent", "ngrams"):
         if model.get(key):
             raise UserError(f"config.model.{key}={model[key]}: transformers has no such encoder; use the run's own folder")
+    if not model[
+        "local_window"
+    ]:  # all layers are global, whatever `global_every` is; transformers takes a window of 0 at its word
+        model = model | {"global_every": 1}
     differences = []
     for name, family in FAMILIES.items():
         if family.to_config is None:  # a family that is only read

@@ -4,6 +4,7 @@ Dimensions: n rows, l tokens, e embedding, s shards of the rows.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -52,24 +53,24 @@ def make_forward(apply: Callable[..., jax.Array], mesh: Mesh) -> Forward:
 
 
 def to_host(z: jax.Array, mesh: Mesh) -> np.ndarray:
-    """Copies embeddings [n e], sharded by rows, to the host of every process, PIECE_BYTES at a time between processes."""
+    """Copies embeddings [n ...], sharded by rows, to the host of every process, PIECE_BYTES at a time between processes."""
     if z.is_fully_addressable:
         return np.asarray(jax.device_get(z))
-    shards = sharding.batch_shards(mesh)
-    per_shard, e = len(z) // shards, z.shape[1]
-    size = min(max(PIECE_BYTES // (shards * e * z.dtype.itemsize), 1), per_shard)
-    result = np.empty((shards, per_shard, e), z.dtype)
+    shards, shape = sharding.batch_shards(mesh), z.shape[1:]
+    per_shard = len(z) // shards
+    size = min(max(PIECE_BYTES // (shards * math.prod(shape) * z.dtype.itemsize), 1), per_shard)
+    result = np.empty((shards, per_shard, *shape), z.dtype)
     for start in range(0, per_shard, size):
         first = min(start, per_shard - size)  # pieces have one size; the last may overlap the one before it
         piece = replicate_piece(mesh, size, z, np.int32(first))
         result[:, first : first + size] = jax.device_get(piece.addressable_data(0))
-    return result.reshape(-1, e)
+    return result.reshape(-1, *shape)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def replicate_piece(mesh: Mesh, size: int, z: jax.Array, first: jax.Array) -> jax.Array:
-    """Returns `size` rows of each shard of z[n e], from row `first` of the shard on, on every device: [s size e]."""
-    by_shard = z.reshape(sharding.batch_shards(mesh), -1, z.shape[1])
+    """Returns `size` rows of each shard of z[n ...], from row `first` of the shard on, on every device: [s size ...]."""
+    by_shard = z.reshape(sharding.batch_shards(mesh), -1, *z.shape[1:])
     by_shard = jax.lax.with_sharding_constraint(by_shard, NamedSharding(mesh, sharding.BATCH))
     piece = jax.lax.dynamic_slice_in_dim(by_shard, first, size, axis=1)
     return jax.lax.with_sharding_constraint(piece, NamedSharding(mesh, P()))

@@ -13,9 +13,9 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from contrastive_jax.config import UserError
-from contrastive_jax.models.attention_kernel import LANES, MASKED
+from contrastive_jax.models.attention_kernel import MASKED
 from contrastive_jax.models.dropout import dropout
-from contrastive_jax.models.fused_attention import fused
+from contrastive_jax.models.fused_attention import fills_lanes, fused
 from contrastive_jax.models.layer_context import LayerContext
 from contrastive_jax.runtime.layout import Layout
 
@@ -43,9 +43,7 @@ def runs_kernel(config: ConfigDict, layout: Layout) -> bool:
     """Returns whether attention is the Pallas kernel, as `config.attention` and the devices decide."""
     if config.attention == "plain" or layout.platform in ("gpu", "cuda"):
         return False
-    # The lanes of the TPU hold whole heads.
-    fills_lanes = (config.num_kv_heads // layout.tensor_shards * config.head_dim) % LANES == 0
-    return config.attention == "fused" or (layout.platform == "tpu" and fills_lanes)
+    return config.attention == "fused" or (layout.platform == "tpu" and fills_lanes(config, layout))
 
 
 def projects_with_kernel(config: ConfigDict, layout: Layout) -> bool:

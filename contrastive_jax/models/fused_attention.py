@@ -24,6 +24,16 @@ def rows_per_grid_step(n: int, length: int) -> int:
     return next(rows for rows in (8, 4, 2, 1) if n % rows == 0 and (rows == 1 or rows * length <= 512))
 
 
+def heads_per_grid_step(config: ConfigDict, layout: Layout) -> int:
+    """Returns how many key-value heads a grid step handles: as many as fill the lanes, if they divide the heads of a device."""
+    return math.gcd(max(LANES // config.head_dim, 1), config.num_kv_heads // layout.tensor_shards)
+
+
+def fills_lanes(config: ConfigDict, layout: Layout) -> bool:
+    """Returns whether the heads of a grid step fill a whole number of a TPU's lanes, as its compiler asks."""
+    return heads_per_grid_step(config, layout) * config.head_dim % LANES == 0
+
+
 def make_kernel_config(
     config: ConfigDict, layout: Layout, shape: tuple[int, ...], padded_length: int, context: LayerContext
 ) -> KernelConfig:
@@ -48,17 +58,15 @@ def make_kernel_config(
             f"config.model.attention='fused' takes rows of at most {LONGEST_ROW} tokens, not {length}; lower "
             "config.data.length (or --max_tokens), or set config.model.attention='plain'"
         )
-    kv_heads_per_device = config.num_kv_heads // layout.tensor_shards
-    if layout.platform == "tpu" and (kv_heads_per_device * k) % LANES:
+    if layout.platform == "tpu" and not fills_lanes(config, layout):
         raise UserError(
-            f"config.model.attention='fused': {kv_heads_per_device} key-value heads per device × config.model.head_dim={k} "
-            f"must be a multiple of {LANES} on TPU; change config.model.num_kv_heads, config.model.head_dim or "
-            "config.mesh.tensor, or set config.model.attention='plain'"
+            f"config.model.attention='fused': {config.num_kv_heads // layout.tensor_shards} key-value heads per device with "
+            f"config.model.head_dim={k} do not fill the {LANES} lanes of a TPU with whole heads; take a head_dim that divides "
+            f"{LANES} or is a multiple of it, with enough heads per device, or set config.model.attention='plain'"
         )
     return KernelConfig(
         heads=h // config.num_kv_heads,
-        # As many key-value heads as fill the lanes, in a number that divides the heads of a device.
-        groups=math.gcd(max(LANES // k, 1), kv_heads_per_device),
+        groups=heads_per_grid_step(config, layout),
         width=k,
         rows=rows_per_grid_step(n // layout.batch_shards, padded_length),
         block=256 if config.causal else 512,  # smaller blocks skip more of the keys that causal attention masks

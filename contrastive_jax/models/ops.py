@@ -77,26 +77,28 @@ def _bfloat16_dot(a: jax.Array, b: jax.Array, contract: tuple[tuple[int, ...], t
 
 @jax.custom_vjp
 def bfloat16_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Returns x[n l i] · kernel[i o]: float32[n l o], with factors rounded to bfloat16 and sums in float32.
+    """Returns x[... i] · kernel[i o]: float32[... o], with factors rounded to bfloat16 and sums in float32.
 
     The gradients of both are such products too; the derived ones would be sums in bfloat16.
     """
-    return _bfloat16_dot(x, kernel, ((2,), (0,)))
+    return _bfloat16_dot(x, kernel, ((x.ndim - 1,), (0,)))
 
 
-bfloat16_product.defvjp(
-    lambda x, kernel: (bfloat16_product(x, kernel), (x, kernel)),
-    lambda saved, gradient: (
-        _bfloat16_dot(gradient, saved[1], ((2,), (1,))),
-        _bfloat16_dot(saved[0], gradient, ((0, 1), (0, 1))),
-    ),
-)
+def _bfloat16_product_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the gradients of x and kernel."""
+    x, kernel = saved
+    all_but_last = tuple(range(x.ndim - 1))
+    of_x = _bfloat16_dot(gradient, kernel, ((x.ndim - 1,), (1,)))
+    return of_x, _bfloat16_dot(x, gradient, (all_but_last, all_but_last))
+
+
+bfloat16_product.defvjp(lambda x, kernel: (bfloat16_product(x, kernel), (x, kernel)), _bfloat16_product_backward)
 
 
 def int8_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Returns x[n l i] · kernel[i o]: [n l o] in the type of x, with factors rounded to int8 and exact sums; no gradient.
+    """Returns x[... i] · kernel[i o]: [... o] in the type of x, with factors rounded to int8 and exact sums; no gradient.
 
-    Each token's state and each output's column of the kernel has a scale of its own: its largest absolute value is 127.
+    Each vector of x and each output's column of the kernel has a scale of its own: its largest absolute value is 127.
     """
 
     def quantize(values: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
@@ -104,7 +106,7 @@ def int8_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return jnp.round(values / scale).astype(jnp.int8), scale
 
     (rows, of_rows), (columns, of_columns) = quantize(x, -1), quantize(kernel, 0)
-    total = jax.lax.dot_general(rows, columns, (((2,), (0,)), ((), ())), preferred_element_type=jnp.int32)
+    total = jax.lax.dot_general(rows, columns, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.int32)
     return (total * of_rows * of_columns).astype(x.dtype)
 
 

@@ -72,5 +72,6 @@ def queue_keys(config: ConfigDict, queue: Queue, step: jax.Array) -> Keys:
     slot = jnp.arange(s, dtype=jnp.int32)
     row = jnp.where(slot == step % s, jnp.arange(b, dtype=jnp.int32)[:, None], -1)
     valid = jnp.broadcast_to(slot <= step, (b, s))
-    document = queue.document if config.mask_same_document else None
+    # Documents of sources without in-batch negatives, below -1, are compared all the same; -1 equals nothing.
+    document = queue.document if config.mask_same_document else jnp.where(queue.document < -1, queue.document, -1)
     return Keys(queue.z, MaskIds(row, valid, document, queue.span_hash if config.mask_duplicates else None))

@@ -315,6 +315,8 @@ def encode_two_lengths(encoder: encoder_lib.Encoder, params: Any, rows: Rows, rn
         z = encoder.apply(params, flat.tokens, flat.segment, rng, flat.row)
         return z.reshape(*rows.row.shape, -1)
 
+    if rows.row.shape[1] == 1:
+        return embed(queries)
     return jnp.concatenate([embed(queries), embed(documents)], axis=1)
 
 

@@ -83,7 +83,8 @@ class LineWriter:
         done = [values for values in steps if not values["skipped"]]
         statistics = {}
         if sample is not None and done:
-            statistics = metrics.embedding_metrics(fetch(sample))
+            if not steps[-1]["skipped"]:  # the sample is that of the last step, and may not be finite
+                statistics = metrics.embedding_metrics(fetch(sample))
             mean = {name: float(np.mean([values[name] for values in done])) for name in done[-1] if name != "batch_digest"}
             mean["skipped"] = len(steps) - len(done)
             self._write_line(step, mean | statistics, batch_digest=steps[-1]["batch_digest"], time=time_of(now))

@@ -26,7 +26,7 @@ FREE |= {"embedding_dim", "dense", "init", "init_std", "part_mask", "latent_kapp
 # Parameters that begin at 0 and then change nothing: a run may add them to a model that has none.
 ADDED = {"ngrams", "token_weights"}
 # The keys of config.model that say how it is computed, which a teacher has of the run.
-COMPUTATION = ("attention", "remat", "saved", "scan", "dtype", "products")
+COMPUTATION = ("attention", "scan", "dtype", "products")
 # The sizes that `widen` multiplies, and the logical axes of parameters that have them.
 WIDENED = ("d_model", "num_heads", "num_kv_heads", "d_ff")
 WIDE_AXES = ("embed", "heads", "kv_heads", "mlp")
@@ -172,11 +172,15 @@ def model_params(key: str, name: str, config: ConfigDict, manifest: dict[str, An
             params = {"encoder": sharding.place(encoder, spread(encoder))}
     except UserError as error:
         raise UserError(f"config.{key}: {error}") from error
-    tokenizer_file = tokenizer.find(parsed.folder)
+    folder = parsed.folder
+    if not parsed.is_run:  # sentence-transformers may keep the tokenizer beside the weights, in a folder of their own
+        modules = folder_lib.read_modules(folder)
+        folder /= modules.main.relative_to(modules.folder).as_posix()
+    tokenizer_file = tokenizer.find(folder)
     if not tokenizer_file or tokenizer.load(tokenizer_file).sha256 != manifest["tokenizer_sha256"]:
         raise UserError(
             f"config.data.dir={config.data.dir}: its tokenizer is not that of {name}; prepare the data with "
-            f"--tokenizer={parsed.folder}"
+            f"--tokenizer={folder}"
         )
     return {name: params[name] for name in ("encoder", "tokens") if name in params}
 
@@ -215,5 +219,10 @@ def widen(params: Any, config: ConfigDict, k: int) -> Any:
         copies = [jnp.concatenate([a * leaf for a in row / row.sum()], axis=inputs) for row in shares]
         return jnp.concatenate(copies, axis=outputs[0]) if outputs else copies[0]
 
+    def common(tree: Any, other: Any) -> Any:
+        """Returns what both have, with the values of `tree`: of projections or n-grams, one of the two may have none."""
+        is_inner = isinstance(tree, dict)
+        return {name: common(tree[name], other[name]) for name in tree if name in other} if is_inner else tree
+
     axes = encoder_lib.make_encoder(config, params["transformer"]["embedding"].shape[0]).axes
-    return jax.tree_util.tree_map_with_path(widen_leaf, params, {name: axes[name] for name in params})
+    return jax.tree_util.tree_map_with_path(widen_leaf, common(params, axes), common(axes, params))

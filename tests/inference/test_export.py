@@ -1,8 +1,12 @@
 """Exported runs: the folder reads back the same, and sentence-transformers and transformers load it as it is."""
 
 import dataclasses
+import importlib.util
+import json
 import pathlib
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from hf_folders import EXPORTED, write_folder, write_run
@@ -10,7 +14,7 @@ from hf_folders import EXPORTED, write_folder, write_run
 from contrastive_jax.config import UserError
 from contrastive_jax.data import tokenizer
 from contrastive_jax.huggingface import fast_tokenizer
-from contrastive_jax.inference import export, text_model, tokenize
+from contrastive_jax.inference import batching, export, text_model, tokenize
 
 TEXT = "The quick brown fox jumps over the lazy dog, 0123456789 times.\n\tdef f(x): return [x]\n</s> <0xAF> PAD y\n"
 TEXTS = [*export.SAMPLES[:-1], "the lazy dog " * 4, "\n\n\n\t\t\tx", ""]
@@ -100,6 +104,25 @@ def test_token_weights_of_a_bag_are_multiplied_into_its_embeddings(
     assert np.abs(plain.encode(TEXTS) - model.encode(TEXTS)).max() > 1e-2
     with pytest.raises(UserError, match=r"that has token_weights=False \(is True\)"):
         export.export(text_model.load(str(tmp_path / "projected")), tmp_path / "other")
+
+
+def test_a_modernbert_without_windows_has_global_layers_only(
+    trained: tokenizer.Tokenizer, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a window of 0, transformers lets a token of a local layer see itself alone."""
+    write_run(tmp_path, "modernbert", trained, local_window=0, global_every=3, num_layers=2)
+    precision = []
+    embed = batching.embed_ragged
+
+    def spy(*args: Any) -> np.ndarray:
+        precision.append(jax.config.jax_default_matmul_precision)
+        return embed(*args)
+
+    monkeypatch.setattr(batching, "embed_ragged", spy)
+    export.export(text_model.load(str(tmp_path)), tmp_path / "out")  # compares the vectors, where sentence-transformers is
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["global_attn_every_n_layers"] == 1
+    # On GPUs and TPUs products of float32 are rounded, and no export would pass.
+    assert set(precision) == ({"highest"} if importlib.util.find_spec("sentence_transformers") else set())
 
 
 def test_what_transformers_lacks_is_named(trained: tokenizer.Tokenizer, tmp_path: pathlib.Path) -> None:

@@ -106,12 +106,13 @@ def test_parameters_and_embeddings_are_nowhere_whole(run: pathlib.Path, monkeypa
     assert copied and all(z.addressable_shards[0].data.shape[0] * 8 == len(z) for z in copied)
 
 
+@pytest.mark.parametrize("shape", [(5,), (5, 1)])
 @pytest.mark.parametrize("piece", [1, 3 * 8 * 5 * 4, 2**20])
-def test_pieces_between_processes_are_the_whole(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_between_processes_are_the_whole(piece: int, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """As where some shards are on devices of other processes; pieces of one row, of three of seven, of all rows of a shard."""
     monkeypatch.setattr(forward, "PIECE_BYTES", piece)
     mesh = sharding.make_mesh(ConfigDict({"data": 2, "fsdp": 2, "tensor": 2}))
-    x = np.random.default_rng(0).normal(size=(4 * 7, 5)).astype(np.float32)
+    x = np.random.default_rng(0).normal(size=(4 * 7, *shape)).astype(np.float32)
     z = sharding.to_global(x, np.arange(len(x)), len(x), mesh)
     sizes = []
     real = forward.replicate_piece

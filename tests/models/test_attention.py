@@ -3,6 +3,7 @@
 import functools
 import logging
 import pathlib
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -286,6 +287,30 @@ def test_the_compiled_call_of_cudnn_has_no_array_for_a_mask(causal: bool, packed
     text = jax.jit(jax.grad(loss)).lower(*shapes).compile().as_text()
     assert text.count(f'"mask_type": "{mask_type}"') == 2  # forward and backward
     assert ("ScaleBiasSoftmax" in text) == packed
+
+
+@pytest.mark.parametrize(
+    ("heads", "width", "fills"),
+    [
+        (12, 64, True),
+        (8, 128, True),
+        (4, 256, True),
+        (8, 32, True),
+        (16, 96, False),
+        (8, 80, False),
+        (2, 192, False),
+        (1, 64, False),
+    ],
+)
+def test_the_kernel_runs_on_a_tpu_where_whole_heads_fill_its_lanes(heads: int, width: int, fills: bool) -> None:
+    """Mosaic takes no block of 96 lanes, although 16 heads of 96 are a multiple of 128."""
+    tpu = types.SimpleNamespace(platform="tpu", tensor_shards=1)
+    config = model_config()
+    config.update(num_heads=heads, num_kv_heads=heads, head_dim=width)
+    assert attention.runs_kernel(config, tpu) is fills
+    if not fills:
+        with pytest.raises(UserError, match=f"config.model.head_dim={width} do not fill the 128 lanes of a TPU"):
+            fused_attention.make_kernel_config(config, tpu, (8, 128, heads, width), 128, LayerContext(None, None))
 
 
 def test_auto_is_plain_on_cpu_and_fused_refuses_long_rows() -> None:

@@ -74,6 +74,20 @@ def test_loss_equals_a_loop_over_past_batches(loss: str, where: str, devices: in
         np.testing.assert_allclose(step(z_spread, ids_spread, queue, jnp.int32(k)), total / rows, rtol=1e-5)
 
 
+def test_a_source_without_in_batch_negatives_has_none_in_the_queue_either() -> None:
+    """Its documents, numbered below -1 by class, are compared whether or not those of other sources are."""
+    (z, ids), labels = batches(1)[0], jnp.zeros(B)
+    losses = {}
+    for mask, document in ((True, -2 - ids.document % 3), (False, -2 - ids.document % 3), (False, ids.document)):
+        config = config_of(name="infonce", mask_same_document=mask)
+        objective = pairs.make_objective(config, 2, E)
+        of_batch = PairIds(jnp.asarray(document), jnp.asarray(ids.span_hash), labels)
+        queue = queue_lib.push(queue_lib.empty_queue(B, S, E), z[:, 1], of_batch, jnp.int32(0))
+        keys = queue_lib.queue_keys(config, queue, jnp.int32(0))
+        losses[mask, int(document[0]) < 0] = objective.loss(z, of_batch, objective.init(jax.random.key(0)), Given(keys=keys))[0]
+    assert losses[False, True] == losses[True, True] < 0.95 * losses[False, False]
+
+
 def test_step_fills_the_queue_and_moves_the_momentum_encoder(dataset: str) -> None:
     config = shrink(moco.get_config(), dataset)
     config.memory.momentum, config.model.dropout = 0.75, 0.0

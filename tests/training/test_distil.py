@@ -87,6 +87,7 @@ def test_row56_a_teacher_of_another_size_stays_as_it_was(
     data: pathlib.Path, teacher: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     config = student(data, f"{teacher}@2")
+    config.model.update(remat="full", saved=(("query", 1),), scan=True)  # all blocks of the student, but not of the teacher
     config.steps = 10
     setup = loop.set_up(config, epath.Path(tmp_path))
     start = loop.restore_or_init(setup, checkpoint.Checkpoints(epath.Path(tmp_path)))

@@ -106,6 +106,10 @@ def test_short_rows_of_queries_change_nothing_but_the_cost(dataset: pathlib.Path
     shapes = build.batch_shapes(config, mesh)
     assert shapes.tokens.shape == (16, 3, 1, 24) and shapes.scores.shape == (16, 2)
     assert build.row_tokens(config.data) == 20 + 2 * 24
+    queue = config.copy_and_resolve_references()  # the encoder that is trained sees queries alone
+    queue.data.update(views=2, hard_negatives=0)
+    queue.memory.kind, queue.objective.symmetric = "queue", False
+    assert np.isfinite(first_losses(queue, 1)).all()
     for changes, need in (
         ({"sampler": "neighbours"}, "config.data.sampler='fields'"),
         ({"query_length": 2}, "to lie between 3 and config.data.length=24"),
@@ -138,10 +142,12 @@ def test_row55_the_held_out_labels_are_scored_as_numpy_does_it(name: str, scored
     config.update(steps=12, eval_every=6, checkpoint_every=6, keep_best=f"labels/validation/{measure}")
     config.labels.update(scale=5.0, classes=(6,), product=name == "softmax")
     config.eval.pairs, config.model.dropout, config.noise.ops = 10, 0.3, (("delete", 0.2),)
+    config.objective.extra = (("spread_mean", 0.1),)
     contrastive_jax.train(config, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     found = {line["step"]: line[config.keep_best] for line in lines if config.keep_best in line}
     assert sorted(found) == [0, 6, 12]
+    assert {name for line in lines for name in line if name.startswith("labels/")} == {config.keep_best}
     # The model reads the texts themselves, one by one, and NumPy does the rest.
     model, records = text_model.load(str(tmp_path)), prepared.open_split(scored, "validation")
     pairs = records.read_records(range(len(records)))
@@ -159,7 +165,9 @@ def test_row55_the_held_out_labels_are_scored_as_numpy_does_it(name: str, scored
     assert found[12] == pytest.approx(expected, abs=1e-4)
 
 
-def test_row55_held_out_labels_are_all_scored_once_on_1_and_8_devices(scored: pathlib.Path) -> None:
+def test_row55_held_out_labels_are_all_scored_once_on_1_and_8_devices(
+    scored: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config, manifest = small("softmax", scored), prepared.load_manifest(scored)
     config.labels.classes = (6,)
     records = prepared.open_split(scored, "validation")
@@ -168,9 +176,13 @@ def test_row55_held_out_labels_are_all_scored_once_on_1_and_8_devices(scored: pa
     found = []
     for devices in (1, 8):
         run = build.build(config, sharding.make_mesh(config.mesh, jax.devices()[:devices]), manifest["vocab_size"])
-        found.append(LabelledPairs(config, run).embed(run.init().params["encoder"]))
+        params = run.init().params["encoder"]
+        found.append(LabelledPairs(config, run).embed(params))
         np.testing.assert_array_equal(found[-1][1], label)
     np.testing.assert_allclose(found[0][0], found[1][0], atol=1e-6)
+    # Of several processes, each copies the vectors of the others.
+    monkeypatch.setattr(type(jax.tree.leaves(params)[0]), "is_fully_addressable", property(lambda _: False))
+    np.testing.assert_array_equal(LabelledPairs(config, run).embed(params)[0], found[1][0])
 
 
 def test_row55_single_texts_with_a_class_are_scored_without_the_query_key_test(

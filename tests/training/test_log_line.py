@@ -6,13 +6,15 @@ import json
 import pathlib
 import threading
 import time
+import types
 
+import jax.numpy as jnp
 import pytest
 from conftest import recipe, shrink
 from ml_collections import ConfigDict
 
 import contrastive_jax
-from contrastive_jax.training import guard, metrics, speed
+from contrastive_jax.training import guard, log_line, metrics, speed
 from contrastive_jax.training.background import LIMIT, Background
 
 
@@ -82,6 +84,27 @@ def test_speeds_with_and_without_what_is_lost() -> None:
     again.start(22, seconds=20.0, now=1320.0)
     again.advance(32, now=1330.0, lost=0.0)
     assert again.scalars(tokens=64)["goodput"] == pytest.approx(30 / 330)
+
+
+def test_a_line_whose_last_step_was_skipped_has_no_statistics() -> None:
+    """Its embeddings may not be finite; the step counts as skipped all the same."""
+    lines: list[tuple] = []
+    config, run = recipe("debug"), types.SimpleNamespace(schedule=lambda step: 0.1)
+    writer = types.SimpleNamespace(write=lambda step, scalars, **texts: lines.append((step, scalars)))
+    running = speed.Speed(batch_size=8, steps=100, began=time.time() - 2, last_line={})
+    running.start(1, seconds=1.0, now=time.time() - 1)
+    line_writer = log_line.LineWriter(config, run, writer, running)
+
+    def metrics_of(skipped: int) -> dict:
+        values = {"loss": 2.0, "tokens": 9.0, "gradient_norm": 1.0, "parameter_norm": 1.0, "skipped": skipped}
+        return {name: jnp.asarray(value) for name, value in values.items()} | {"batch_digest": jnp.zeros(4, jnp.uint32)}
+
+    for step, last in ((2, 0), (4, 1)):
+        sample = jnp.full((6, 2, 3), jnp.nan) if last else jnp.eye(12, 3).reshape(6, 2, 3)
+        line_writer.write(step, [metrics_of(0), metrics_of(last)], sample, 0.0)
+    (_, first), (_, second) = lines
+    assert first["skipped"] == 0 and "uniformity" in first
+    assert second["skipped"] == 1 and second["loss"] == 2 and "uniformity" not in second
 
 
 def test_a_process_knows_when_it_began() -> None:

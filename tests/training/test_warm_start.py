@@ -94,6 +94,15 @@ def test_what_cannot_be_started_from_is_named(dataset: pathlib.Path, tmp_path: p
     (data / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"its tokenizer is not that of hf:.*; prepare the data with --tokenizer=.*bert"):
         fresh(config_of(data, f"hf:{folder}"), tmp_path / "run")
+    # Older folders of sentence-transformers have the weights and the tokenizer in a folder of their own.
+    (folder / "0_Transformer").mkdir()
+    for file in ("config.json", "model.safetensors", "tokenizer.json"):
+        (folder / file).rename(folder / "0_Transformer" / file)
+    (folder / "modules.json").write_text((folder / "modules.json").read_text().replace('"path": ""', '"path": "0_Transformer"'))
+    with pytest.raises(UserError, match=r"prepare the data with --tokenizer=.*bert/0_Transformer$"):
+        fresh(config_of(data, f"hf:{folder}"), tmp_path / "run")
+    data = prepared(dataset, tmp_path / "data2", folder / "0_Transformer" / "tokenizer.json")
+    fresh(config_of(data, f"hf:{folder}"), tmp_path / "run")
     with pytest.raises(UserError, match="config.init_from: nowhere: no config.json there"):
         fresh(config_of(data, "nowhere"), tmp_path / "run")
 

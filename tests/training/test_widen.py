@@ -90,6 +90,18 @@ def test_row58_a_run_starts_twice_as_wide_as_another(dataset: pathlib.Path, tmp_
     assert json.loads((tmp_path / "narrow" / "config.json").read_text())["init_widen"] == 1
 
 
+def test_what_the_wide_model_lacks_or_adds_is_left_out() -> None:
+    """As `build.overlay` does it: a projection of the narrow model is dropped, n-grams of the wide one begin at 0."""
+    narrow = encoder.make_encoder(model_config("projected"), VOCAB)
+    params = jax.tree.map(lambda x: np.ones(x.shape, np.float32), jax.eval_shape(narrow.init, jax.random.key(0)))
+    wide = model_config("projected", K)
+    wide.update(embedding_dim=0, ngrams=((2, 128),))
+    widened = warm_start.widen(params, wide, K)
+    expected = jax.eval_shape(encoder.make_encoder(wide, VOCAB).init, jax.random.key(0))
+    assert "projection" in params and expected["transformer"].pop("ngrams")
+    jax.tree.map(lambda a, b: np.testing.assert_equal(a.shape, b.shape), widened, expected)
+
+
 def test_row58_what_cannot_be_widened_is_one_line() -> None:
     config = default_config()
     config.init_widen = 2
