@@ -10,6 +10,7 @@ import sys
 from absl import flags, logging
 from etils import epath
 
+from contrastive_jax import files
 from contrastive_jax.config import UserError
 from contrastive_jax.runtime import checkpoint
 
@@ -23,7 +24,7 @@ def main(arguments: list[str]) -> None:
     """Verifies the run of --workdir, and exits."""
     del arguments
     logging.set_verbosity(logging.ERROR)
-    sys.exit(0 if verify(epath.Path(flags.FLAGS.workdir)) else 1)
+    sys.exit(0 if verify(files.absolute(flags.FLAGS.workdir)) else 1)
 
 
 def verify(workdir: epath.Path) -> bool:

@@ -27,6 +27,8 @@ UNREACHED = re.compile(
     r"could ?not connect|cannot connect|connection|timed? ?out|resolve",
     re.I,
 )
+# Addresses, which may contain such numbers and words; names of buckets without their scheme are known from the arguments.
+ADDRESS = re.compile(r"\b(https?|gs|s3)://\S+")
 # In arguments: --name=gs://..., several with commas, hf:gs://...; and what would become a local folder called "gs:".
 NAMED = re.compile(r"(?:^|[=,]|hf:)((?:gs|s3)://[^,]*)")
 MISSPELT = re.compile(r"(?:^|[=,]|hf:)((?:gs|s3):/(?!/[^/])[^,]*|(?:gcs|s3a)://[^,]*)")
@@ -95,6 +97,13 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
+def without_names(text: str, names: Sequence[str]) -> str:
+    """Returns a message without addresses and names in buckets: "checkpoints/500" in one is no status of HTTP."""
+    for name in names:
+        text = re.sub(rf"\b{re.escape(bucket_name(name).split('/')[0])}/\S*", "", text)
+    return ADDRESS.sub("", text)
+
+
 def explain(error: BaseException, names: Sequence[str]) -> UserError | None:
     """Returns the one line for an error of storage: a UserError to mend, or a MachineError; None: it is another kind of error.
 
@@ -109,12 +118,12 @@ def explain(error: BaseException, names: Sequence[str]) -> UserError | None:
         of_client = type(cause).__module__.startswith(CLIENTS)
         if not names or not (bucket or of_client or re.search("gs://|s3://|storage/v1", text)):
             continue
-        where, text = bucket or names[0], text[:200]
-        if isinstance(cause, PermissionError) or FORBIDDEN.search(text):
+        where, said, text = bucket or names[0], without_names(text, names)[:200], text[:200]
+        if isinstance(cause, PermissionError) or FORBIDDEN.search(said):
             return UserError(f"{where}: no permission ({text}); {mend(where)}")
-        if isinstance(cause, FileNotFoundError) or MISSING.search(text):
+        if isinstance(cause, FileNotFoundError) or MISSING.search(said):
             return DisappearedError(f"{where}: has disappeared ({text}); what was saved before stays as it is")
-        if of_client or isinstance(cause, OSError) or UNREACHED.search(text):
+        if of_client or isinstance(cause, OSError) or UNREACHED.search(said):
             return MachineError(f"{where}: the storage failed ({text}); start again, what was saved stays as it is")
     return None
 

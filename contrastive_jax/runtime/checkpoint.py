@@ -5,9 +5,11 @@ so that a damaged file, whatever the damage, never becomes a model.
 """
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
+import os
 import re
 import threading
 import time
@@ -28,6 +30,9 @@ from contrastive_jax.files import errors, transfer
 from contrastive_jax.runtime import digest, orbax_on_s3, sharding
 
 ITEMS = ("params", "opt_state", "memory")
+# Where a file cannot be read for these reasons, it is not damaged. TensorStore puts the system's words into its own errors.
+ERRNOS = (errno.EACCES, errno.EPERM, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT)
+OF_MACHINE = re.compile("|".join([*map(os.strerror, ERRNOS), "RESOURCE_EXHAUSTED", "out of memory"]), re.I)
 
 
 class DamagedError(UserError):
@@ -65,6 +70,7 @@ class Checkpoints:
             create=not read_only,
             read_only=read_only,
             enable_async_checkpointing=not read_only,
+            cleanup_tmp_directories=not read_only,  # what a killed process had written
         )
         handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in ITEMS}
         handlers["meta"] = ocp.JsonCheckpointHandler()
@@ -73,10 +79,29 @@ class Checkpoints:
         self._failure: Exception | None = None
         self._watcher = threading.Thread()  # of the newest save
         self._scores: dict[int, float] = {}
+        self._wait_for_same_steps()
         for step in self.steps():
             with contextlib.suppress(DamagedError):
                 if (score := self.meta(step).get("score")) is not None:
                     self._scores[step] = score
+
+    def _wait_for_same_steps(self) -> None:
+        """Waits until all processes see the same checkpoints: a machine may remember the list of a shared folder for a minute.
+
+        Raises:
+          MachineError: they still see others after two minutes.
+        """
+        for seconds in (0, 1, 9, 30, 80) if jax.process_count() > 1 else ():
+            time.sleep(seconds)
+            self._manager.reload()
+            own = np.frombuffer(hashlib.sha256(str(self.steps()).encode()).digest(), np.uint8)
+            if (multihost_utils.process_allgather(own) == own).all():
+                return
+        if jax.process_count() > 1:
+            raise files.MachineError(
+                f"{self.directory}: the processes see different checkpoints there (process {jax.process_index()} sees "
+                f"{self.steps()}); is it one folder, which all of them share?"
+            )
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Returns which checkpoints stay, the `keep` newest and the best; Orbax calls it after each save."""
@@ -269,7 +294,7 @@ def raise_on_all_processes(folder: epath.Path, what: str) -> Iterator[None]:
     """Turns an exception of any process into a DamagedError on every process; every process must enter it.
 
     A file that only one process can read would otherwise end that process alone, and leave the others waiting. Storage that
-    cannot be reached is no damage: it becomes a MachineError.
+    cannot be reached and a lack of memory are no damage: they become a MachineError.
 
     Args:
       folder: the checkpoint.
@@ -279,15 +304,17 @@ def raise_on_all_processes(folder: epath.Path, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
-        explained = errors.explain(error, [str(folder)])
-        is_damage = explained is None or isinstance(explained, errors.DisappearedError)
-        reason = f"{folder}: {what} ({first_line(error)})" if is_damage else f"storage {explained}"
+        explained, reason = errors.explain(error, [str(folder)]), f"{folder}: {what} ({first_line(error)})"
+        if explained is not None and not isinstance(explained, errors.DisappearedError):
+            reason = f"machine {explained}"
+        elif any(isinstance(cause, MemoryError) or OF_MACHINE.search(str(cause)) for cause in errors.causes(error)):
+            reason = f"machine {reason}; it stays as it is"
     if jax.process_count() > 1:
         own = np.frombuffer(reason.encode()[:400].ljust(400), np.uint8)
         reasons = (bytes(row).decode(errors="replace").strip() for row in multihost_utils.process_allgather(own))
         reason = next(filter(None, reasons), "")
-    if reason.startswith("storage "):
-        raise files.MachineError(reason.removeprefix("storage "))
+    if reason.startswith("machine "):
+        raise files.MachineError(reason.removeprefix("machine "))
     if reason:
         raise DamagedError(reason)
 

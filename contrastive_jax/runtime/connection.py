@@ -33,6 +33,17 @@ class Connection:
         with contextlib.suppress(OSError):
             self._socket.sendall(json.dumps(message).encode() + b"\n")
 
+    def is_gone(self) -> bool:
+        """Returns whether the other side has closed the connection, and left nothing to receive."""
+        before = self._socket.gettimeout()
+        self._socket.setblocking(False)
+        try:
+            return not self._socket.recv(1, socket.MSG_PEEK)
+        except OSError as error:
+            return not isinstance(error, BlockingIOError)
+        finally:
+            self._socket.settimeout(before)
+
     def receive(self) -> dict[str, Any]:
         """Returns the next object that arrives.
 

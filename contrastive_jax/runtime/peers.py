@@ -172,7 +172,7 @@ class Peers:
         logged = time.monotonic()
         with self._open_server(deadline) as server:
             server.settimeout(1)
-            while len(self._connections) < self._count - 1:
+            while len(self._present()) < self._count - 1:
                 missing = set(range(1, self._count)) - self._connections.keys()
                 if time.monotonic() > deadline:
                     reason = f"{list_processes(missing)} of {self._count} did not join within {seconds:.0f} s; {self._joined()}"
@@ -189,6 +189,12 @@ class Peers:
             connection.set_timeout(None)
             connection.send(kind="go", name=self._names[0])
             self._heard[number] = time.monotonic()
+
+    def _present(self) -> dict[int, Connection]:
+        """Process 0: the connections of those that have joined, without the lost ones; their processes call again."""
+        for number in [number for number, connection in self._connections.items() if connection.is_gone()]:
+            self._connections.pop(number).close()
+        return self._connections
 
     def _let_in(self, connection: Connection, address: str) -> None:
         """Process 0: takes a process that calls into the run, and sends strangers away.
@@ -213,7 +219,7 @@ class Peers:
         if count != self._count or number not in range(1, self._count):
             reason = f"process {number} ({name}) is one of {count}, process 0 one of {self._count}"
             self._refuse(UserError(reason), connection)
-        if number in self._connections:
+        if number in self._present():
             reason = f"process {number} joined twice, from {self._names[number]} and {name}"
             self._refuse(UserError(reason), connection)
         self._connections[number], self._names[number] = connection, name

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from etils import epath
 from jax._src import clusters
 from jax.experimental import multihost_utils
 
@@ -87,11 +88,19 @@ def join(
         coordinator,
         num_processes,
         process_id,
+        # Under SLURM and Open MPI, JAX gives a process the one GPU of its number on the node.
+        cluster_detection_method="deactivate" if is_alone_on_node() else None,
         initialization_timeout=join_seconds,
         # JAX's own watch ends a process that gives no sign of life. `Peers`, which names it, comes first.
         heartbeat_timeout_seconds=hang_seconds + 60,
     )
     return others
+
+
+def is_alone_on_node() -> bool:
+    """Returns whether SLURM or Open MPI has started one process per node, which then drives all GPUs of its node."""
+    of_slurm = os.environ.get("SLURM_NTASKS"), os.environ.get("SLURM_STEP_NUM_NODES")
+    return (None not in of_slurm and of_slurm[0] == of_slurm[1]) or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
 
 
 def run_secret() -> str:
@@ -144,6 +153,31 @@ def check_agreement(**values: str) -> None:
                 f"the {name} of process {', '.join(differing)} differs from that of process 0; "
                 "start all processes with the same one"
             )
+
+
+def check_shared_folder(folder: epath.Path) -> None:
+    """Checks that all processes see one folder, by a file that process 0 makes there; every process must call it.
+
+    Raises:
+      UserError: a process sees another folder; the message names it.
+    """
+    if jax.process_count() == 1:
+        return
+    token = np.frombuffer(os.urandom(8), np.uint8)
+    if is_first := jax.process_index() == 0:
+        files.make_folder(folder)
+        files.write_text(folder / f".seen-{token.tobytes().hex()}", "")
+    token = multihost_utils.broadcast_one_to_all(token)  # after the file is there
+    path = folder / f".seen-{token.tobytes().hex()}"
+    seen = multihost_utils.process_allgather(np.array([path.exists()]))[:, 0]
+    if is_first:
+        path.unlink()
+    if not seen.all():
+        others = ", ".join(str(i) for i in np.flatnonzero(~seen))
+        raise UserError(
+            f"--workdir={folder}: process {others} does not see what process 0 writes there; "
+            "give a folder that all machines share, or one on gs:// or s3://"
+        )
 
 
 class Preemption:

@@ -81,6 +81,7 @@ def set_up(
     Raises:
       UserError: the config, the data or the other processes do not fit; the message names the key.
     """
+    workdir = files.absolute(workdir)
     config_lib.check(config)
     guard.check_guard(config.guard)
     trackers.check_tracker(config)
@@ -100,6 +101,7 @@ def set_up(
     evaluate = make_evaluate(config, run) if config.eval_every and make_evaluate else None
     if jax.process_index() == 0:
         files.make_folder(workdir)
+    processes.check_shared_folder(workdir)
     logging.info("%d devices in %d processes, mesh %s", jax.device_count(), jax.process_count(), dict(mesh.shape))
     logging.info("process %d on %s: %s", jax.process_index(), platform.node(), processes.describe_cores())
     logging.info("parameters\n%s", parameter_overview.get_parameter_overview(run.shapes.params, include_stats=False))

@@ -69,15 +69,17 @@ def test_a2_checkpoints_are_saved_restored_kept_and_set_aside(bucket: str, caplo
 def test_a_checkpoint_without_its_last_file_does_not_count(bucket: str) -> None:
     workdir = epath.Path(bucket) / "run"
     with contextlib.closing(checkpoint.Checkpoints(workdir)) as checkpoints:
-        for step in (1, 2):
+        for step in (1, 2, 3):
             checkpoints.save(step, {}, params=params(step))
-    (workdir / "checkpoints" / "2" / "commit_success.txt").unlink()  # as if the process had been killed before
+    for step in (2, 3):
+        (workdir / "checkpoints" / str(step) / "commit_success.txt").unlink()  # as if the process had been killed before
     assert checkpoint.Checkpoints(workdir, read_only=True).steps() == [1]
     with contextlib.closing(checkpoint.Checkpoints(workdir)) as checkpoints:
         assert checkpoints.steps() == [1]
-        checkpoints.save(2, {}, params=params(3))
+        checkpoints.save(3, {}, params=params(4))
         checkpoints.wait()
-        assert checkpoints.verify(2)
+        assert checkpoints.verify(3)
+    assert steps_on(bucket) == {"1", "3"}  # what is not whole takes no room
 
 
 def test_a_damaged_object_is_found(bucket: str) -> None:

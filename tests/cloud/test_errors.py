@@ -62,6 +62,16 @@ def test_a_silent_address_is_given_up(monkeypatch: pytest.MonkeyPatch, gcs: str)
         assert raised.value.status == 1
 
 
+def test_numbers_and_words_in_a_name_are_no_status() -> None:
+    damage = ValueError('DATA_LOSS: Error reading "gs://my-connection-500/run/checkpoints/500/params/x": checksum mismatch')
+    assert errors.explain(damage, ["gs://my-connection-500/run"]) is None
+    for text in ("503 at gs://exp-403/x", "exp-403/x: 503", "503: https://storage/v1/b/exp-403/o/x"):
+        explained = errors.explain(OSError(text), ["gs://exp-403/run"])
+        assert explained is not None and explained.status == 1 and "the storage failed" in str(explained)
+    explained = errors.explain(OSError("403 at gs://exp-503/x"), ["gs://exp-503/run"])
+    assert explained is not None and explained.status == 2 and "no permission" in str(explained)
+
+
 @pytest.mark.parametrize("argument", ["--workdir=gs:/bucket/run", "--model=s3:///run", "--data=a,gcs://bucket/a", "gs://"])
 def test_misspelt_names_never_become_local_folders(argument: str) -> None:
     with pytest.raises(UserError, match="write gs://BUCKET/NAME or s3://BUCKET/NAME"):

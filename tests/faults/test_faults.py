@@ -108,6 +108,21 @@ def test_a_process_of_another_run_is_refused(make_team: Callable[..., Team]) -> 
     assert "process 1 joined twice" in team.join(seconds=5.0)[0]
 
 
+def test_a_process_whose_connection_was_lost_may_call_again(make_team: Callable[..., Team]) -> None:
+    team = make_team(address := free_address())
+    errors: dict[int, str] = {}
+    starting = threading.Thread(target=lambda: errors.update(team.join((0,))))
+    starting.start()
+    hello = {"number": 1, "count": 3, "name": "lost", "secret": team.members[1]._secret}
+    time.sleep(1)  # process 0 opens its port
+    with socket.create_connection(("127.0.0.1", peers_lib.watch_port(int(address.split(":")[1])))) as lost:
+        lost.sendall(json.dumps(hello).encode() + b"\n")
+        wait_for(lambda: 1 in team.members[0]._connections)
+    errors.update(team.join((1, 2)))
+    starting.join()
+    assert not errors and team.members[0]._names[1] != "lost"
+
+
 def test_strangers_on_the_port_are_ignored(make_team: Callable[..., Team], caplog: pytest.LogCaptureFixture) -> None:
     team = make_team(address := free_address(), secret="ours")
     host_port = ("127.0.0.1", peers_lib.watch_port(int(address.split(":")[1])))

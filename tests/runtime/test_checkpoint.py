@@ -1,5 +1,7 @@
 """A damaged file never becomes a model; a run does not go on as another one by mistake."""
 
+import contextlib
+import errno
 import gc
 import pathlib
 import shutil
@@ -13,6 +15,7 @@ from conftest import recipe, shrink
 from etils import epath
 from ml_collections import ConfigDict
 
+from contrastive_jax import files as files_lib
 from contrastive_jax.commands import verify
 from contrastive_jax.config import UserError
 from contrastive_jax.runtime import checkpoint, digest, sharding
@@ -112,6 +115,46 @@ def test_damage_sends_the_run_back_to_the_checkpoint_before(
     files = files_of(trained[1] / "checkpoints" / "4" / "opt_state")
     largest = max(files, key=lambda path: path.stat().st_size)
     assert check_damage(trained, tmp_path, "changed", [largest]) == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ESTALE, "Stale file handle", "params"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes"),
+        ValueError('PERMISSION: Error opening "zarr" driver: [OS error 13: Permission denied]'),
+        MemoryError(),
+    ],
+)
+def test_what_the_machine_refuses_is_no_damage(
+    error: Exception, trained: tuple[ConfigDict, pathlib.Path], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, workdir = trained
+    copy = shutil.copytree(workdir, tmp_path / "copy")
+    setup, checkpoints = loop.set_up(config, epath.Path(copy)), checkpoint.Checkpoints(copy)
+
+    def restore(*args: object, **values: object) -> None:
+        raise error
+
+    monkeypatch.setattr(checkpoints._handlers["params"], "restore", restore)
+    with pytest.raises(files_lib.MachineError, match="checkpoints/4: cannot be read .*; it stays as it is"):
+        loop.restore_or_init(setup, checkpoints)
+    assert checkpoints.steps() == [2, 4] and not (copy / "damaged").exists()
+    checkpoints.close()
+
+
+def test_what_a_killed_process_had_written_is_deleted(trained: tuple[ConfigDict, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    _, workdir = trained
+    copy = shutil.copytree(workdir, tmp_path / "copy")
+    left = copy / "checkpoints" / "3.orbax-checkpoint-tmp"
+    left.mkdir()
+    (left / "part").write_text("half")
+    checkpoint.Checkpoints(copy, read_only=True)
+    assert left.exists()
+    with contextlib.closing(checkpoint.Checkpoints(copy)) as checkpoints:
+        checkpoints.save(6, {}, params={"x": jnp.ones(3)})
+    assert not left.exists()
+    assert checkpoint.Checkpoints(copy, read_only=True).steps() == [2, 4, 6]
 
 
 def test_strict_stops_at_damage_and_verify_reports_it(

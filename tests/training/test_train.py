@@ -207,6 +207,22 @@ def test_processes_that_differ_refuse_to_start(dataset: pathlib.Path, tmp_path: 
         assert re.search("(?m)^error: .*the config of process 1 differs from that of process 0", output)
 
 
+def test_processes_that_see_other_folders_refuse_to_start(dataset: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """A local folder of the same name on each machine, for example."""
+    processes = peers(dataset, tmp_path, differ=f"--workdir={tmp_path}/{{}}")
+    for output in finish(*processes, status=UserError.status):
+        assert re.search(f"(?m)^error: .*--workdir={tmp_path}/[01]: process 1 does not see what process 0 writes there", output)
+    assert not list((tmp_path / "0").glob(".seen*"))
+
+
+def test_a_workdir_in_the_home_folder(dataset: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shell does not expand the "~" of --workdir=~/run."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    contrastive_jax.train(shrink(recipe("bag"), dataset), "~/run", stop_at=1)
+    assert {"checkpoints", "config.json", "metrics.jsonl"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    assert not pathlib.Path("~").exists()
+
+
 def test_b5_versions_are_agreed_on_kept_with_a_checkpoint_and_a_change_is_said(
     dataset: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
