@@ -67,15 +67,7 @@ def join(
         if value < 1:
             raise UserError(f"--{name}={value}: must be at least 1")
     if cluster:
-        # jax.distributed.initialize() would detect the same values, but it does not return them, and where a process does not
-        # come it does not name it. `Peers` does, and needs the values for it.
-        detected = clusters.ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, join_seconds)
-        coordinator, num_processes, process_id = detected[:3]
-        if coordinator is None or num_processes is None or process_id is None:
-            raise UserError(
-                "--cluster: the environment has no TPU pod, SLURM or Open MPI job; "
-                "give --coordinator, --num_processes and --process_id"
-            )
+        coordinator, num_processes, process_id = detect_cluster(join_seconds)
     if coordinator is None or num_processes is None or process_id is None:
         return ALONE
     if not 0 <= process_id < num_processes:
@@ -95,6 +87,25 @@ def join(
         heartbeat_timeout_seconds=hang_seconds + 60,
     )
     return others
+
+
+def detect_cluster(seconds: int) -> tuple[str, int, int]:
+    """Returns the coordinator, the number of processes and that of this process, as TPU pod, SLURM or Open MPI says.
+
+    jax.distributed.initialize() would detect the same values, but it does not return them, and where a process does not come it
+    does not name it. `Peers` does, and needs the values for it.
+
+    Raises:
+      UserError: the environment is none of these.
+    """
+    detected = clusters.ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, seconds)
+    coordinator, count, number = detected[:3]
+    if coordinator is None or count is None or number is None:
+        raise UserError(
+            "--cluster: the environment has no TPU pod, SLURM or Open MPI job; "
+            "give --coordinator, --num_processes and --process_id"
+        )
+    return coordinator, count, number
 
 
 def is_alone_on_node() -> bool:
