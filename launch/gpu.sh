@@ -11,6 +11,9 @@
 #   bash launch/gpu.sh --coordinator=HOST:PORT --num_processes=N --process_id=I ...       on each of N nodes; HOST is node 0
 #   sbatch --nodes=4 --gpus-per-node=8 --exclusive --time=24:00:00 launch/gpu.sh ...      under SLURM
 #
+# With `bash` it trains on this node alone, also in a shell or a session that SLURM gave (srun --pty bash, Open OnDemand), and never
+# puts that job back into the queue. Only `sbatch launch/gpu.sh` trains on all nodes of a job.
+#
 # Options, among the arguments of the training:
 #   --processes=node|gpu   one process per node, which drives all of its GPUs (the default), or one per GPU
 #   --retries=N            how often a failed job starts again without a newer checkpoint in between (default 10)
@@ -20,14 +23,19 @@
 # machine. It then continues from its workdir. Bad input and a run that no longer trains end the job. The processes of a node
 # share the cores that the job has there: all with --exclusive, or those of --cpus-per-task.
 # Environment variables: PYTHON, the interpreter (python3); VENV, the folder of the virtual environment (.venv); CUDA=13 installs
-# CUDA 13 in place of 12; CONTAINER=IMAGE.sif runs in that Apptainer image, and nothing is installed (launch/container.md);
+# CUDA 13 in place of 12; EXTRAS=wandb,gcs installs these extras of setup.cfg too, here for Weights & Biases and gs://;
+# CONTAINER=IMAGE.sif runs in that Apptainer image, and nothing is installed (launch/container.md);
 # CPU_BIND, how srun binds each process (cores); JAX_PLATFORMS=cpu runs it without GPUs.
 set -euo pipefail
 
 PREEMPTED=75 # exit status of a training that saved and ended because it was told to (contrastive_jax/runtime/processes.py)
 
-# SLURM runs a copy of this file, which lies in another folder.
-cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}"
+# As the script of a job, SLURM runs a copy of this file, which lies in no checkout.
+root="$(dirname "${BASH_SOURCE[0]}")/.." job_script=""
+if [[ ! -e "$root/launch/gpu.sh" || ! -e "$root/setup.cfg" ]]; then
+  root="${SLURM_SUBMIT_DIR:-.}" job_script=1
+fi
+cd "$root"
 if [[ ! -e launch/gpu.sh ]]; then
   echo "error: submit from the repository's root: cd REPOSITORY && sbatch launch/gpu.sh ..." >&2
   exit 2
@@ -48,7 +56,7 @@ for argument in "$@"; do
   esac
 done
 if ((!${#training[@]})); then
-  sed -n '8,27s/^# \{0,1\}//p' launch/gpu.sh
+  sed -n '8,/^set /{/^set /d;s/^# \{0,1\}//;p}' launch/gpu.sh
   exit 0
 fi
 [[ "$processes" == node || "$processes" == gpu ]] || fail "--processes=$processes: give node or gpu"
@@ -135,7 +143,7 @@ run_step() {
   # Since SLURM 22.05 srun does not take --cpus-per-task from sbatch: without it a process has one core.
   srun --kill-on-bad-exit=1 --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$((SLURM_JOB_NUM_NODES * per_node))" \
     --ntasks-per-node="$per_node" --cpus-per-task="$cores" --cpu-bind="${CPU_BIND:-cores}" \
-    bash launch/gpu.sh --processes="$processes" "${training[@]}" &
+    env CONTRASTIVE_JAX_TASK=1 bash launch/gpu.sh --processes="$processes" "${training[@]}" &
   step=$!
   # The signal of --signal=B:TERM reaches only this script.
   trap 'told=1; echo "== SIGTERM: asking the run to save"; scancel --signal=TERM "$SLURM_JOB_ID"' TERM
@@ -232,12 +240,23 @@ run_per_gpu() {
 }
 
 job=".job/slurm-${SLURM_JOB_ID:-}"
-if [[ -n "${SLURM_STEP_ID:-}" ]]; then
+if [[ -n "${CONTRASTIVE_JAX_TASK:-}" ]]; then # run_step started it; SLURM's own variables also stand in interactive shells
   run_task
-elif [[ -n "${SLURM_JOB_ID:-}" ]]; then
+elif [[ -n "$job_script" && -n "${SLURM_JOB_ID:-}" ]]; then
   run_job
 fi
 
+# From here on this node trains by itself, whatever job its shell belongs to.
+if [[ " ${training[*]}" != *" --cluster"* ]]; then
+  # With it JAX would take this for a process of a SLURM cluster, which uses only the GPU with this number.
+  unset SLURM_LOCALID
+  if [[ " ${training[*]}" != *" --coordinator"* ]]; then
+    ((${SLURM_PROCID:-0} == 0)) \
+      || fail "srun started this script several times, and each would train by itself; submit it with sbatch launch/gpu.sh"
+    ((${SLURM_JOB_NUM_NODES:-1} == 1)) \
+      || echo "warning: only $(hostname) trains, of $SLURM_JOB_NUM_NODES nodes of this job; sbatch launch/gpu.sh trains on all" >&2
+  fi
+fi
 if [[ -n "$extra" ]] && ! nvidia-smi --list-gpus > /dev/null; then
   fail "no GPU answers on this machine (nvidia-smi); set JAX_PLATFORMS=cpu to run without GPUs"
 fi

@@ -5,7 +5,8 @@
 #   bash launch/local.sh --config=configs/X.py --config.key=value    any recipe and values; --workdir=DIR chooses the folder
 #
 # Run again, it reuses the virtual environment and the data, and the run continues from its newest checkpoint.
-# Environment variables: PYTHON, the interpreter (python3); VENV, the folder of the virtual environment (.venv).
+# Environment variables: PYTHON, the interpreter (python3); VENV, the folder of the virtual environment (.venv); EXTRAS=wandb,gcs
+# installs these extras of setup.cfg too, here for Weights & Biases and gs://.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -15,7 +16,7 @@ data=""
 for argument in "$@"; do
   case "$argument" in
     -h | --help)
-      sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+      sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
       exit 0
       ;;
     --config=*) config="${argument#*=}" ;;

@@ -26,7 +26,8 @@
 #   --runtime=VERSION      software version; default: the one that belongs to TYPE
 #   --gcloud=FLAG          one more flag for gcloud's "create", for example --gcloud=--network=NET; may be repeated
 #   --ssh=FLAG             one more flag for gcloud's "ssh" and "scp", for example --ssh=--internal-ip; may be repeated
-#   --env=KEY=VALUE        set an environment variable for the installation and the training; may be repeated
+#   --env=KEY=VALUE        set an environment variable for the installation and the training; may be repeated. --env=EXTRAS=wandb
+#                          also installs this extra of setup.cfg, or several, separated by commas
 #   --retries=N            how often `run` starts a failed training again without a newer checkpoint in between (default 10)
 #   --restarts=N           how often `run` starts again in all, after preemptions too (default 1000)
 #   --worker=N             the worker that logs, profile and ssh mean (default 0)
@@ -43,7 +44,8 @@
 #
 # The workdir must outlive the slice: it lies in gs://, or in a folder that all workers mount. The exit status is the training's.
 # `run` supervises from this machine: what ends or sleeps here starts nothing again (the training itself goes on). For days, run it
-# in tmux on a small VM. It needs bash 4.4, GNU's timeout and gcloud; with an ssh-agent, first: ssh-add ~/.ssh/google_compute_engine
+# in tmux on a small VM. It needs bash 4.4, git, GNU's timeout and gcloud; with an ssh-agent, call first
+# ssh-add ~/.ssh/google_compute_engine
 case "${BASH_VERSION:-}" in
   4.[4-9]* | 4.[1-9][0-9]* | [5-9].* | [1-9][0-9].*) ;;
   *)
@@ -267,6 +269,8 @@ done
 ((slices > 0 && slice < slices && steps > 0)) || fail "--slices and --steps are at least 1, and --slice is below --slices"
 for pair in "${environment[@]}"; do
   [[ "$pair" =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || fail "--env=$pair: give KEY=VALUE"
+  # shellcheck source=launch/setup.sh
+  [[ "$pair" != EXTRAS=* ]] || (EXTRAS="${pair#*=}" && source launch/setup.sh --check) || exit "$FINAL"
 done
 where=("--zone=$zone")
 [[ -z "$project" ]] || where+=("--project=$project")
@@ -280,6 +284,11 @@ worker_command=(bash launch/worker.sh)
 if [[ -z "$dry_run" ]]; then
   command -v gcloud > /dev/null || fail "gcloud is not installed; see https://cloud.google.com/sdk/docs/install"
   timeout 5 true 2> /dev/null || fail "GNU's timeout is not installed (macOS: brew install coreutils, and put its gnubin folder in PATH)"
+fi
+if [[ "$command" =~ ^(run|create|setup)$ ]]; then # found out now, not by a slice that costs money
+  if ! list_tree > "$scratch/tree" 2> "$words" || [[ ! -s "$scratch/tree" ]]; then
+    fail "git cannot list the files to copy to the workers; clone the repository, or call git init in $PWD. git says: $(gcloud_words)"
+  fi
 fi
 
 case "$command" in

@@ -261,11 +261,15 @@ find . -mindepth 1 -maxdepth 1 ! -name .venv ! -name .job -exec rm -r {} + && ta
 $(printf '%q ' "${worker_command[@]}" install)"
 }
 
+# Lists the files that git tracks or would track; in the middle of a merge some come several times in a row.
+list_tree() { git ls-files -z --cached --others --exclude-standard; }
+
 setup() {
+  local file before=""
   say "copying the working tree to the workers"
-  # The files that git tracks or would track, without those that were deleted.
-  git ls-files -z --cached --others --exclude-standard --deduplicate | while IFS= read -rd '' file; do
-    [[ ! -e "$file" ]] || printf '%s\0' "$file"
+  list_tree | while IFS= read -rd '' file; do
+    [[ "$file" == "$before" || ! -e "$file" ]] || printf '%s\0' "$file" # git also lists files that were deleted
+    before="$file"
   done | tar --create --gzip --null --files-from=- --file="$scratch/contrastive_jax.tar.gz"
   on_nodes install_on
 }

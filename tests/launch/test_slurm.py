@@ -22,6 +22,15 @@ number="${{SLURM_PROCID:-0}}"
 """
 
 
+def stub_training(training: str, tmp_path: pathlib.Path) -> None:
+    """Makes the training of a machine with everything installed a line of bash."""
+    binary = tmp_path / "venv" / "bin"
+    (binary / "python").unlink()
+    (binary / "python").write_text(STUB.format(python=sys.executable, training=training))
+    (binary / "python").chmod(0o755)
+    (binary / "activate").write_text(f"export VIRTUAL_ENV={tmp_path / 'venv'} PATH={binary}:$PATH\n")
+
+
 @pytest.fixture
 def slurm(tmp_path: pathlib.Path) -> Iterator[dict[str, str]]:
     """A SLURM cluster of two nodes on this machine: its own daemons, nothing of the system's is touched.
@@ -193,11 +202,7 @@ case "$(basename "$workdir")-${SLURM_RESTART_COUNT:-0}-$number" in
   *) sleep 60 ;;
 esac
 """
-    binary = tmp_path / "venv" / "bin"
-    (binary / "python").unlink()
-    (binary / "python").write_text(STUB.format(python=sys.executable, training=training))
-    (binary / "python").chmod(0o755)
-    (binary / "activate").write_text(f"export VIRTUAL_ENV={tmp_path / 'venv'} PATH={binary}:$PATH\n")
+    stub_training(training, tmp_path)
     cluster = Cluster(slurm | environment, tmp_path, ["--config=x", "--retries=1"])
     for name in ("saved", "retried", "broken", "wrong"):
         cluster.submit(name, "--cpus-per-task=1")
@@ -222,6 +227,54 @@ def test_a_job_without_cores_is_warned(slurm: dict[str, str], tmp_path: pathlib.
     assert cluster.end("one") == {"one": "FAILED"}
     assert f"warning: the job has 1 of the {CORES} cores" in cluster.log("one")
     assert "2 nodes × 1 processes × 1 cores" in cluster.log("one")
+
+
+def test_a_shell_that_srun_gave_trains_on_its_node(
+    slurm: dict[str, str], tmp_path: pathlib.Path, environment: dict[str, str]
+) -> None:
+    """As in `srun --pty bash`; several tasks would be several trainings with one workdir."""
+    stub_training('echo "local id ${SLURM_LOCALID-none}: $*"; exit 75', tmp_path)
+    shell = ["srun", "--nodes=1", "bash", "-c", f"bash {ROOT}/launch/gpu.sh --config=x"]
+    done = subprocess.run(shell, cwd=tmp_path, env=slurm | environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 75, done.stderr
+    assert "local id none: -m contrastive_jax train --config=x\n" in done.stdout
+    several = ["srun", "--nodes=2", "bash", str(ROOT / "launch/gpu.sh"), "--config=x"]
+    done = subprocess.run(several, cwd=tmp_path, env=slurm | environment, capture_output=True, text=True, timeout=120)
+    assert "error: srun started this script several times, and each would train by itself" in done.stderr
+    assert done.stdout.count("local id") <= 1
+
+
+@pytest.mark.parametrize("step", [{"SLURM_STEP_ID": "0"}, {}], ids=["step", "session"])
+@pytest.mark.parametrize("status", [0, 2, 75])
+def test_inside_a_job_the_status_of_the_training_is_that_of_gpu(
+    step: dict[str, str], status: int, tmp_path: pathlib.Path, environment: dict[str, str]
+) -> None:
+    """In `srun --pty bash`, or in a session that runs as a batch job: SLURM and its job are left alone."""
+    stub_training(f'echo "local id ${{SLURM_LOCALID-none}}: $*"; exit {status}', tmp_path)
+    fakes, called = tmp_path / "fakes", tmp_path / "called"
+    fakes.mkdir()
+    for name in ("srun", "scontrol", "scancel"):
+        (fakes / name).write_text(f'#!/usr/bin/env bash\necho "{name} $*" >> {called}\n')
+        (fakes / name).chmod(0o755)
+    job = {
+        "SLURM_JOB_ID": "1",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_SUBMIT_DIR": "/tmp",
+    }
+    variables = environment | job | step | {"PATH": f"{fakes}:{environment['PATH']}"}
+    gpu = ["bash", str(ROOT / "launch/gpu.sh"), "--config=x"]
+    done = subprocess.run(gpu, cwd=tmp_path, env=variables, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    assert "local id none: -m contrastive_jax train --config=x\n" in done.stdout
+    assert "warning: only" in done.stderr and "of 2 nodes of this job; sbatch launch/gpu.sh trains on all" in done.stderr
+    # One of N nodes: the number of its task says nothing.
+    joined = subprocess.run([*gpu, "--coordinator=a:1"], env=variables | {"SLURM_PROCID": "1"}, capture_output=True, text=True)
+    assert (
+        joined.returncode == status and "local id none: -m contrastive_jax train --config=x --coordinator=a:1" in joined.stdout
+    )
+    assert "warning" not in joined.stderr and not called.exists()
 
 
 def test_gpu_on_one_node_ends_with_the_status_of_the_training(
@@ -266,12 +319,7 @@ def test_a_container_is_used_as_it_is(tmp_path: pathlib.Path, environment: dict[
 
 def test_one_process_per_gpu_of_this_node(tmp_path: pathlib.Path, environment: dict[str, str]) -> None:
     """A python that writes down its arguments; one of two processes has saved, the other was killed."""
-    binary = tmp_path / "venv" / "bin"
-    (binary / "python").unlink()
-    training = 'echo "GPU $JAX_LOCAL_DEVICE_IDS: $*"; [[ "$*" != *process_id=1* ]] || kill -KILL $$; exit 75'
-    (binary / "python").write_text(STUB.format(python=sys.executable, training=training))
-    (binary / "python").chmod(0o755)
-    (binary / "activate").write_text(f"export VIRTUAL_ENV={tmp_path / 'venv'} PATH={binary}:$PATH\n")
+    stub_training('echo "GPU $JAX_LOCAL_DEVICE_IDS: $*"; [[ "$*" != *process_id=1* ]] || kill -KILL $$; exit 75', tmp_path)
     gpu = ["bash", str(ROOT / "launch/gpu.sh"), "--config=x", "--processes=gpu"]
     done = subprocess.run(gpu, env=environment | {"SLURM_GPUS_ON_NODE": "2"}, capture_output=True, text=True)
     assert done.returncode == 75, done.stderr

@@ -201,6 +201,38 @@ def test_b3_an_old_bash_and_a_missing_timeout_are_refused(tmp_path: pathlib.Path
     assert done.returncode == 2 and "GNU's timeout is not installed (macOS: brew install coreutils" in done.stderr
 
 
+def fake_git(tmp_path: pathlib.Path, environment: dict[str, str], line: str) -> None:
+    """Puts a git into PATH that runs a line of bash and then the real one."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "git").write_text(f'#!/usr/bin/env bash\n{line}\nexec {shutil.which("git")} "$@"\n')
+    (tmp_path / "bin" / "git").chmod(0o755)
+    environment["PATH"] = f"{tmp_path / 'bin'}:{environment['PATH']}"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [("echo fatal: not a git repository >&2; exit 128", "git says: fatal: not a git repository"), ("exit 0", "git says:")],
+    ids=["fails", "lists nothing"],
+)
+@pytest.mark.parametrize("command", ["run", "create"])
+def test_a_tree_that_git_cannot_list_is_refused_before_a_slice_is_created(
+    command: str, line: str, words: str, tmp_path: pathlib.Path, launch: Launch, environment: dict[str, str]
+) -> None:
+    fake_git(tmp_path, environment, line)
+    done = launch(command)
+    assert done.returncode == 2 and not requests(environment)
+    assert "error: git cannot list the files to copy to the workers; clone the repository, or call git init" in done.stderr
+    assert words in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_an_old_git_is_enough(stub: Stub, tmp_path: pathlib.Path, launch: Launch, environment: dict[str, str]) -> None:
+    """Before 2.31 it had no --deduplicate."""
+    stub("exit 0")
+    fake_git(tmp_path, environment, '[[ "$*" != *--deduplicate* ]] || exit 129')
+    done = launch("run", "--retries=0")
+    assert done.returncode == 0, done.stderr
+
+
 def test_b4_an_agent_without_the_key_is_said(stub: Stub, launch: Launch, environment: dict[str, str]) -> None:
     stub("exit 0")
     fault(environment, "agent-without-key", "always")
@@ -240,6 +272,18 @@ def test_b4_flags_for_ssh_and_variables_for_the_workers(stub: Stub, launch: Laun
         assert ("--internal-ips" in request) == (request[4] == "create")
     done = launch("ssh", "--worker=1", arguments=("bash", "-c", 'echo "[$0]" "$HOME"', "a b; true"))
     assert done.stdout == f"[a b; true] {environment['FAKE_GCLOUD']}/pod/worker-1\n"
+
+
+def test_extras_are_installed_on_the_workers(
+    stub: Stub, tmp_path: pathlib.Path, launch: Launch, environment: dict[str, str]
+) -> None:
+    stub("exit 0")
+    python, log = tmp_path / "venv/bin/python", tmp_path / "pip"
+    head, rest = python.read_text().split("\n", 1)
+    python.write_text(f'{head}\n[[ "$2" != pip ]] || {{ echo "$OMPI_COMM_WORLD_RANK $*" >> {log}; exit; }}\n{rest}')
+    done = launch("run", "--env=EXTRAS=gcs,wandb")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"--editable \.\[(tpu,)?gcs,wandb\]", log.read_text())
 
 
 def test_b4_the_logs_of_all_workers_outlive_the_slice(
@@ -371,6 +415,7 @@ def test_the_real_gcloud_knows_every_command(environment: dict[str, str], tmp_pa
         (["run", *SLICE, "--poll=soon"], "whole numbers, not soon"),
         (["create", *SLICE, "--type=tpu7x-8"], "Google rents TPU7x through GKE and Compute Engine"),
         (["run", *SLICE, "--env=1=2"], "--env=1=2: give KEY=VALUE"),
+        (["run", *SLICE, "--env=EXTRAS=gcs,wanbd"], "EXTRAS=gcs,wanbd: setup.cfg has no extra wanbd; give names from gcs, s3"),
         (["logs", *SLICE, "--slices=2", "--slice=2"], "--slice is below --slices"),
     ],
 )

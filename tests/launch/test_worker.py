@@ -96,11 +96,16 @@ def test_a_maintenance_notice_saves_and_ends(
     assert "notice: preempted; saving" in log and len(saved(tmp_path / "run")) == 1
 
 
+# A python that writes down what it is asked to install. It fails where its arguments match $FAIL, as venv does in the middle.
 PYTHON = """#!/usr/bin/env bash
 case "$*" in
+  $FAIL)
+    [[ "$2" != venv ]] || {{ mkdir -p "${{@: -1}}/bin" && cp {template} "${{@: -1}}/bin/python"; }}
+    exit 7
+    ;;
   "-c import sys; sys.exit"*) {supported} ;;
-  "-c import ensurepip"*) {ensurepip} ;;
-  "-c import sys; print"*) echo 3.12 ;;
+  "-c import ensurepip"*) exit 0 ;;
+  "-c import sys; print"*) echo {version} ;;
   "-m venv "* | "-m uv venv "*)
     echo "{name} $*" >> {log}
     {downloads}
@@ -109,6 +114,40 @@ case "$*" in
   *) echo "{name} $*" >> {log} ;;
 esac
 """
+
+
+class Machine:
+    """A machine with the given interpreters, by name and whether their version is supported, and with nothing else."""
+
+    def __init__(self, folder: pathlib.Path, pythons: dict[str, bool], downloads: bool = True, version: str = "3.12"):
+        self.binary, self.log, self.venv = folder / "bin", folder / "log", folder / "venv"
+        self.binary.mkdir()
+        for name in ("bash", "cat", "cmp", "cp", "dirname", "grep", "mkdir", "sed", "touch", "uname"):
+            (self.binary / name).symlink_to(str(shutil.which(name)))
+        for name, supported in pythons.items():
+            text = PYTHON.format(
+                name=name,
+                log=self.log,
+                supported="exit 0" if supported else "exit 1",
+                version=version,
+                downloads="" if downloads else "exit 1",
+                template=self.binary / name,
+            )
+            (self.binary / name).write_text(text)
+            (self.binary / name).chmod(0o755)
+
+    def setup(
+        self, extra: str, shell: str = "set -euo pipefail", **variables: str
+    ) -> tuple[subprocess.CompletedProcess, list[str]]:
+        """Sources launch/setup.sh; returns how that ended, and what the interpreters were asked to do."""
+        environment = {"PATH": str(self.binary), "VENV": str(self.venv), "HOME": str(self.binary), **variables}
+        self.log.write_text("")
+        script = f"{shell}; cd {ROOT}; source launch/setup.sh {extra}"
+        done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True)
+        return done, self.log.read_text().splitlines()
+
+    def stamps(self) -> list[str]:
+        return [path.name for path in self.venv.glob("installed-*")]
 
 
 @pytest.mark.parametrize(
@@ -129,27 +168,56 @@ def test_a4_b5_workers_install_a_named_python_and_the_versions_of_the_lock_file(
     pythons: dict[str, bool], downloads: bool, expected: str, tmp_path: pathlib.Path
 ) -> None:
     """As TPU images have it, python3 is 3.10 (not supported), alone or beside others."""
-    binary, log = tmp_path / "bin", tmp_path / "log"
-    binary.mkdir()
-    for name in ("bash", "cat", "cmp", "cp", "mkdir", "touch", "uname", "dirname"):
-        (binary / name).symlink_to(str(shutil.which(name)))
-    for name, supported in pythons.items():
-        text = PYTHON.format(
-            name=name,
-            log=log,
-            supported="exit 0" if supported else "exit 1",
-            ensurepip="exit 0",
-            downloads="" if downloads else "exit 1",
-            template=binary / name,
-        )
-        (binary / name).write_text(text)
-        (binary / name).chmod(0o755)
-    environment = {"PATH": str(binary), "VENV": str(tmp_path / "venv"), "HOME": str(tmp_path)}
-    script = f"set -euo pipefail; cd {ROOT}; source launch/setup.sh tpu"
-    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True)
+    done, calls = Machine(tmp_path, pythons, downloads).setup("tpu")
     assert (done.returncode == 0) == downloads, done.stderr
-    called = log.read_text() + done.stderr
+    called = "\n".join(calls) + done.stderr
     assert expected in called
     if downloads:
         assert "-m pip install --quiet --no-compile --requirement launch/locks/tpu-3.12.txt" in called
         assert "-m pip install --quiet --no-deps --editable ." in called
+
+
+@pytest.mark.parametrize("shell", ["true", "set -euo pipefail"])
+@pytest.mark.parametrize(
+    ("version", "extras", "fails"),
+    [
+        ("3.12", "", "-m venv *"),
+        ("3.12", "", "-m pip *--requirement*"),
+        ("3.12", "", "-m pip *--no-deps --editable*"),
+        ("3.12", "wandb", "-m pip *--constraint*"),
+        ("3.13", "", "-m pip *--editable*"),  # there is no lock file
+        ("3.13", "wandb", "-m pip *--editable*"),
+    ],
+)
+def test_what_failed_to_install_is_installed_by_the_same_command_again(
+    version: str, extras: str, fails: str, shell: str, tmp_path: pathlib.Path
+) -> None:
+    machine = Machine(tmp_path, {"python3": True}, version=version)
+    done, _ = machine.setup("cuda", shell, EXTRAS=extras, FAIL=fails)
+    assert done.returncode == 1 and "for the reason above; mend that and start again" in done.stderr
+    assert not machine.stamps()
+    done, calls = machine.setup("cuda", shell, EXTRAS=extras)
+    assert done.returncode == 0 and machine.stamps() == ["installed-cuda"], done.stderr
+    assert any("-m venv" in call for call in calls) == ("venv" in fails) and any("--editable" in call for call in calls)
+
+
+def test_extras_are_installed_beside_the_versions_of_the_lock_file(tmp_path: pathlib.Path) -> None:
+    machine = Machine(tmp_path, {"python3": True})
+    pip = "python3 -m pip install --quiet"
+    lock = f"{pip} --no-compile --requirement launch/locks/cuda-3.12.txt"
+    plain = [lock, f"{pip} --no-deps --editable ."]
+    more = [lock, f"{pip} --no-compile --constraint launch/locks/cuda-3.12.txt --editable .[wandb,gcs]"]
+    assert machine.setup("cuda")[1][1:] == plain
+    for extras, expected in (("wandb,gcs", more), ("wandb,gcs", []), ("", plain), ("", [])):
+        done, calls = machine.setup("cuda", EXTRAS=extras)
+        assert done.returncode == 0 and calls == expected, done.stderr
+    done, calls = machine.setup("cuda", EXTRAS="gcs,wanbd")
+    assert done.returncode == 2 and not calls
+    assert "error: EXTRAS=gcs,wanbd: setup.cfg has no extra wanbd; give names from gcs, s3, " in done.stderr
+    assert "wandb, trackio, docs\n" in done.stderr
+
+
+@pytest.mark.parametrize(("extra", "expected"), [("cuda", ".[cuda,wandb]"), ("", ".[wandb]")])
+def test_extras_are_installed_where_there_is_no_lock_file(extra: str, expected: str, tmp_path: pathlib.Path) -> None:
+    done, calls = Machine(tmp_path, {"python3": True}, version="3.13").setup(extra or "''", EXTRAS="wandb")
+    assert done.returncode == 0 and calls[1:] == [f"python3 -m pip install --quiet --editable {expected}"]
