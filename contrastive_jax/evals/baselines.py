@@ -15,7 +15,7 @@ CHANCE_DIM = 256
 
 def chance_vectors(texts: Sequence[str]) -> np.ndarray:
     """Returns random unit vectors float32[n e], equal for equal texts: the level of an encoder that knows nothing."""
-    seeds = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") for text in texts]
+    seeds = [int.from_bytes(hashlib.sha256(text.encode(errors="replace")).digest()[:8], "little") for text in texts]
     z = np.stack([np.random.default_rng(seed).normal(size=CHANCE_DIM) for seed in seeds])
     return (z / np.linalg.norm(z, axis=1, keepdims=True)).astype(np.float32)
 

@@ -25,6 +25,7 @@ from contrastive_jax.evals import baselines, senteval
 from contrastive_jax.evals.results import Rows
 from contrastive_jax.evals.task import Task
 from contrastive_jax.evals.vectors import Data, Encode, Vectors, make_vector_task
+from contrastive_jax.inference.tokenize import NO_SIDE
 from contrastive_jax.runtime.progress import Progress
 
 FOLDS = 10
@@ -72,6 +73,8 @@ def read_labelled_texts(data: Data) -> LabelledTexts:
     if len(parts) > 1:
         bounds = np.cumsum([0, *(len(part.texts) for part in parts)])
         train, *tune, test = [np.arange(start, end) for start, end in itertools.pairwise(bounds)]
+        if not len(test):
+            raise UserError(f"--data={data}: its part to test on has no texts")
         return LabelledTexts(texts, second, names, [(train, tune[0] if tune else np.arange(0), test)])
     _, counts = np.unique(names, return_counts=True)
     if len(counts) < 2 or counts.min() < FOLDS:
@@ -124,11 +127,11 @@ def score_classifier(name: str, classifier: Classifier, encode: Encode, data: Da
       UserError: the data are not as they should be.
     """
     labelled = read_labelled_texts(data)
-    z = encode(labelled.texts, "query")
+    z = encode(labelled.texts, NO_SIDE)
     if labelled.second:
         if name != "probe":
             raise UserError(f"--data={data}: pairs of texts; only --tasks=probe takes them")
-        z = senteval.pair_features(z, encode(labelled.second, "query"))
+        z = senteval.pair_features(z, encode(labelled.second, NO_SIDE))
     if any(len(np.unique(labelled.labels[train])) < 2 for train, _, _ in labelled.splits):
         raise UserError(f"--data={data}: all training texts have one label; give two labels or more")
     accuracies: list[float] = []
@@ -148,7 +151,7 @@ def score_zero_shot(encode: Encode, data: Data) -> Rows:
     labelled = read_labelled_texts(data)
     if labelled.second:
         raise UserError(f"--data={data}: pairs of texts; only --tasks=probe takes them")
-    z: Vectors = encode(labelled.texts, "query")
+    z: Vectors = encode(labelled.texts, NO_SIDE)
     label_texts = files.read_json(epath.Path(data) / "labels.json")
     names, numbers = np.unique(labelled.labels, return_inverse=True)
     texts = [str(label_texts.get(name, name)) for name in names]
@@ -157,7 +160,7 @@ def score_zero_shot(encode: Encode, data: Data) -> Rows:
         wordings["zero_shot_prompt"] = [label_texts["prompt"].format(text) for text in texts]
     rows: Rows = {}
     for row, wording in wordings.items():
-        chosen = baselines.dot_products(z, encode(wording, "query")).argmax(1)
+        chosen = baselines.dot_products(z, encode(wording, NO_SIDE)).argmax(1)
         rows[row] = {"accuracy": float((chosen == numbers).mean()), "deviation": 0.0}
     return rows
 

@@ -108,7 +108,10 @@ def parse_tasks(text: str) -> dict[str, tuple[Task, str]]:
             raise UserError(f"config.eval.tasks={text}: no task {name!r} in training; give TASK=DATA of {names}")
         if not data:
             raise UserError(f"config.eval.tasks={text}: give the data of {name}, {name}=DATA")
-        named[f"{name}-{data.rstrip('/').rpartition('/')[2]}"] = TASKS[name], data
+        key = f"{name}-{data.rstrip('/').rpartition('/')[2]}"
+        if key in named:
+            raise UserError(f"config.eval.tasks={text}: two tasks would be called {key}; name their last folders differently")
+        named[key] = TASKS[name], data
     return named
 
 

@@ -4,6 +4,7 @@ Dimensions: n, m texts, e embedding.
 """
 
 import importlib.metadata
+import pathlib
 import re
 import types
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from contrastive_jax.evals.results import Rows
 from contrastive_jax.evals.task import Options, Task, hash_files
 from contrastive_jax.files import transfer
 from contrastive_jax.inference.text_model import TextModel
+from contrastive_jax.inference.tokenize import NO_SIDE
 
 SPLITS = {"dev": "validation"}  # file of the STS benchmark → mteb's name of that part
 
@@ -57,14 +59,14 @@ class MtebModel:
         """Returns unit vectors float32[n e] of the texts of all batches.
 
         A folder's prompt for the task, its type or the side of the texts is chosen as mteb does it for sentence-transformers.
-        Other texts are encoded as a document where mteb says so, and else as a query.
+        Other texts are encoded on the side that mteb names, or on none.
         """
         from mteb.models.abs_encoder import get_prompt_name
 
         texts = [text for batch in inputs for text in batch["text"]]
         prompts = self._model.prompts
         name = get_prompt_name(dict(prompts), task_metadata, prompt_type) if isinstance(prompts, Mapping) else None
-        return self._model.encode(texts, str(name or (prompt_type.value if prompt_type else "query")))
+        return self._model.encode(texts, str(name or (prompt_type.value if prompt_type else NO_SIDE)))
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
         """Returns the cosines [n m] of a[n e] and b[m e]."""
@@ -192,7 +194,7 @@ def score_tasks(model: TextModel, folder: epath.Path | None, options: Options) -
 
 def protocol_of(model: TextModel, folder: epath.Path | None, options: Options) -> dict[str, Any]:
     """Returns the version of mteb, the names of its tasks, and their data."""
-    data = "as downloaded" if folder is None else hash_files(folder, ("*",))
+    data = "as downloaded" if folder is None else hash_files(pathlib.Path(folder), ("**/*",))
     return {"mteb": importlib.metadata.version("mteb"), "names": list(options.mteb), "data": data}
 
 

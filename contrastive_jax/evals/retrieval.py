@@ -27,14 +27,21 @@ BLOCK = 8192  # documents embedded and searched at once: a corpus need not fit i
 DEPTH = 100  # documents kept per query
 QUERIES = 64  # queries scored at once by a baseline
 FILES = ("*.jsonl", "qrels/test.tsv", "corpus/*.parquet", "queries/*.parquet", "qrels/*.parquet")
-PROTOCOL = {"similarity": "cosine", "document": "title and text", "gain": "linear"}
+PROTOCOL = {"similarity": "cosine", "document": "title and text", "gain": "linear", "document with the query's id": "left out"}
 
 
 class JudgedQueries(NamedTuple):
-    """Queries with the documents that are relevant to each: document id → grade, above 0."""
+    """Queries with the documents that are relevant to each.
+
+    Attributes:
+      texts: of the queries.
+      relevant: per query, document id → grade, above 0.
+      left_out: per query, the id of the document that is left out of its ranking, the query itself; "": none.
+    """
 
     texts: list[str]
     relevant: list[dict[str, float]]
+    left_out: list[str]
 
 
 def check_file(path: epath.Path) -> epath.Path:
@@ -95,7 +102,8 @@ def read_queries(folder: epath.Path) -> JudgedQueries:
         of_query: dict[str, dict[str, float]] = {}
         for query, document in read_columns(folder / "qrels", "query-id", "corpus-id"):
             of_query.setdefault(query, {})[document] = 1.0
-        return judge(folder / "qrels", read_columns(folder / "queries", "_id", "text"), of_query)
+        judged = judge(folder / "qrels", read_columns(folder / "queries", "_id", "text"), of_query)
+        return judged._replace(left_out=[""] * len(judged.texts))  # sentence-transformers' evaluator leaves none out
     path = check_file(folder / "qrels" / "test.tsv")
     relevant: dict[str, dict[str, float]] = {}
     for number, line in files.read_lines(path):
@@ -111,15 +119,16 @@ def read_queries(folder: epath.Path) -> JudgedQueries:
 
 
 def judge(path: epath.Path, queries: Iterable[tuple[str, str]], relevant: dict[str, dict[str, float]]) -> JudgedQueries:
-    """Returns the queries (id, text) that have grades in `relevant`.
+    """Returns the queries (id, text) that have grades in `relevant`; a document with the id of its query is left out.
 
     Raises:
       UserError: there are none; the message names the path of the grades.
     """
-    judged = [(text, relevant[key]) for key, text in queries if key in relevant]
+    judged = [(text, relevant[key], key) for key, text in queries if key in relevant]
     if not judged:
         raise UserError(f"{path}: no query has a document with a score above 0")
-    return JudgedQueries([text for text, _ in judged], [grades for _, grades in judged])
+    texts, grades, keys = (list(column) for column in zip(*judged, strict=True))
+    return JudgedQueries(texts, grades, keys)
 
 
 def read_documents(folder: epath.Path) -> Iterator[tuple[list[str], list[str]]]:
@@ -157,8 +166,14 @@ def measure_ranking(ranked: list[str], grades: dict[str, float]) -> dict[str, fl
 
 
 def mean_measures(ranked: list[list[str]], judged: JudgedQueries) -> Rows:
-    """Returns the means of `measure_ranking` over the queries, as the row "test"."""
-    measured = [measure_ranking(names, grades) for names, grades in zip(ranked, judged.relevant, strict=True)]
+    """Returns the means of `measure_ranking` over the queries, as the row "test"; `ranked` has DEPTH + 1 documents of each.
+
+    In some sets, such as ArguAna, the queries are documents too. BEIR leaves those out (`ignore_identical_ids`).
+    """
+    measured = [
+        measure_ranking([name for name in names if name != own][:DEPTH], grades)
+        for names, grades, own in zip(ranked, judged.relevant, judged.left_out, strict=True)
+    ]
     return {"test": {name: float(np.mean([measures[name] for measures in measured])) for name in measured[0]}}
 
 
@@ -175,7 +190,7 @@ def score_encoder(encode: Encode, folder: epath.Path) -> Rows:
 
     queries = np.asarray(encode(judged.texts, "query"))
     with Progress("retrieval", unit="documents") as progress:
-        _, positions = nearest.search(queries, embed_blocks(progress), DEPTH)
+        _, positions = nearest.search(queries, embed_blocks(progress), DEPTH + 1)
     return mean_measures([[names[index] for index in row if index >= 0] for row in positions], judged)
 
 
@@ -185,7 +200,7 @@ def score_ranker(score: Callable[[list[str]], np.ndarray], folder: epath.Path) -
     names = [name for ids, _ in read_documents(folder) for name in ids]
     ranked = []
     for start in range(0, len(judged.texts), QUERIES):
-        order = np.argsort(-score(judged.texts[start : start + QUERIES]), axis=1, kind="stable")[:, :DEPTH]
+        order = np.argsort(-score(judged.texts[start : start + QUERIES]), axis=1, kind="stable")[:, : DEPTH + 1]
         ranked += [[names[index] for index in row] for row in order]
     return mean_measures(ranked, judged)
 

@@ -18,6 +18,7 @@ from contrastive_jax.files import transfer
 from contrastive_jax.inference import text_model
 from contrastive_jax.inference.text_model import TextModel
 from contrastive_jax.runtime import processes
+from contrastive_jax.runtime.model_name import parse_model_name
 
 DEFAULTS = Options()
 
@@ -62,7 +63,7 @@ def score_task(
 
 def result_path(model: str, task: str, data: str) -> epath.Path | None:
     """Returns where a result goes by default: WORKDIR/TASK-DATA.json, and nowhere for a model that is not a run."""
-    folder = epath.Path(model.rpartition("@")[0] or model).expanduser()
+    folder = parse_model_name(model).folder
     name = f"{task}-{epath.Path(data).name.replace(':', '-')}" if data else task
     return folder / f"{name}.json" if (folder / "checkpoints").is_dir() else None
 

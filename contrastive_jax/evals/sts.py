@@ -12,6 +12,7 @@ from contrastive_jax.evals.baselines import Bm25
 from contrastive_jax.evals.results import Rows
 from contrastive_jax.evals.task import Task
 from contrastive_jax.evals.vectors import Encode, make_vector_task
+from contrastive_jax.inference.tokenize import NO_SIDE
 
 PROTOCOL = {"similarity": "cosine", "ties": "mean rank", "aggregation": "all: one list; mean: of the files' figures"}
 
@@ -63,10 +64,10 @@ def correlations(score: np.ndarray, similarity: np.ndarray) -> dict[str, float]:
 
 
 def cosines(encode: Encode) -> Similarity:
-    """Returns the cosine similarity of an encoder: both texts of a pair are encoded as queries."""
+    """Returns the cosine similarity of an encoder: the texts of a pair are on no side."""
 
     def similarity(first: list[str], second: list[str]) -> np.ndarray:
-        z = encode([*first, *second], "query")
+        z = encode([*first, *second], NO_SIDE)
         return np.asarray((z[: len(first)] * z[len(first) :]).sum(-1))
 
     return similarity
@@ -86,7 +87,7 @@ def score_folder(similarity: Similarity, folder: epath.Path, read_file: ReadFile
       differ by points, and papers do not always say which they report (SimCSE, arXiv 2104.08821, appendix B).
 
     Raises:
-      UserError: there is no such file.
+      UserError: there is no such file, or one has fewer than two pairs.
     """
     paths = sorted(folder.glob(pattern))
     if not paths:
@@ -94,6 +95,10 @@ def score_folder(similarity: Similarity, folder: epath.Path, read_file: ReadFile
     rows, lists = {}, []
     for path in paths:
         pairs = read_file(path)
+        if len(pairs.score) < 2:
+            raise UserError(
+                f"{path}: {len(pairs.score)} pairs, and a correlation needs two or more; complete or remove the file"
+            )
         similarities = similarity(pairs.first, pairs.second)
         rows[path.stem] = correlations(pairs.score, similarities)
         lists.append((pairs.score, similarities))

@@ -86,8 +86,8 @@ def data_folder(task: str, data: str, patterns: Sequence[str], tfds: bool = Fals
     return epath.Path(transfer.local_copy(folder, patterns))
 
 
-def hash_files(folder: epath.Path | str, patterns: Sequence[str]) -> str:
-    """Returns 32 hexadecimal digits that identify the data: a SHA-256 of the names and contents of the files that match.
+def hash_files(folder: epath.Path | pathlib.Path | str, patterns: Sequence[str]) -> str:
+    """Returns 32 hexadecimal digits that identify the data: a SHA-256 of the paths and contents of the files that match.
 
     The name of a TFDS dataset ("tfds:NAME") is returned unchanged.
     """
@@ -95,12 +95,12 @@ def hash_files(folder: epath.Path | str, patterns: Sequence[str]) -> str:
         return folder
     total = hashlib.sha256()
     for path in sorted({path for pattern in patterns for path in folder.glob(pattern) if not path.is_dir()}):
-        total.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+        total.update(path.relative_to(folder).as_posix().encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     return total.hexdigest()[:32]
 
 
 def untrained(score: Score) -> Score:
-    """Returns the baseline that scores the same encoder before training; it has no rows for models that are not runs."""
+    """Returns the baseline that scores the same encoder before training; no rows where `TextModel.untrained` gives None."""
 
     def score_untrained(model: TextModel, data: Any, options: Options) -> Rows:
         initial = model.untrained()

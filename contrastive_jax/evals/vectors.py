@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import jax
 import numpy as np
 from etils import epath
 from scipy import sparse
@@ -17,9 +18,9 @@ from contrastive_jax.inference.text_model import TextModel
 from contrastive_jax.inference.tokenize import TruncationCount
 
 Vectors: TypeAlias = np.ndarray | sparse.csr_array  # unit rows [n e], dense or sparse
-Encode = Callable[[Sequence[str], str], Vectors]  # (n texts, "query" or "document") → their vectors
+Encode = Callable[[Sequence[str], str], Vectors]  # (n texts, "query", "document" or NO_SIDE) → their vectors
 Data: TypeAlias = epath.Path | str  # a folder, or "tfds:NAME"
-FINGERPRINT = "A tokenizer's fingerprint: Zwölf Boxkämpfer, 0123456789\n\t(x)"
+FINGERPRINT = "A tokenizer's fingerprint: Zwölf Boxkämpfer, 0123456789\n\t(x) [SEP] [PAD] <s> </s>"
 
 
 def make_vector_task(
@@ -80,9 +81,11 @@ def encode_of(model: TextModel, options: Options) -> Callable[[Sequence[str], st
     cache = options.cache
     if cache is None:
         return model.encode
-    # The folder's name decides nothing. The protocol does not identify the tokenizer: a sample of its ids does.
+    # The folder's name decides nothing. The protocol does not identify the tokenizer: a sample of its ids does. GPUs and TPUs
+    # round the factors of products.
     identity = {key: value for key, value in model.protocol().items() if key not in ("model", "step")}
-    identity["tokens"] = model.tokenize([FINGERPRINT])
+    identity |= {"tokens": model.tokenize([FINGERPRINT]), "backend": jax.default_backend()}
+    identity["architecture"] = model.model_config.to_dict()
     uncounted = dataclasses.replace(model, truncation=TruncationCount())
 
     def encode_cached(texts: Sequence[str], view: str) -> np.ndarray:

@@ -6,6 +6,7 @@ import math
 import numpy as np
 from etils import epath
 
+from contrastive_jax import files
 from contrastive_jax.config import UserError
 from contrastive_jax.evals import sts
 
@@ -27,9 +28,9 @@ def read_word_pairs(path: epath.Path) -> sts.ScoredPairs:
     line without a number in that column is the header.
 
     Raises:
-      UserError: a line has no score; the message names it.
+      UserError: a line has no score, or is not UTF-8; the message names it.
     """
-    text = path.read_text().removeprefix("\ufeff")
+    text = "\n".join(line for _, line in files.read_lines(path)).removeprefix("\ufeff")
     reader = csv.reader(text.splitlines(), delimiter="\t" if "\t" in text else ",")
     lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader if cells]
     last = lines[-1][1] if lines else []

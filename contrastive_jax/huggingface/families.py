@@ -212,6 +212,35 @@ def gpt2_values(config: dict[str, Any]) -> dict[str, Any]:
     )
 
 
+def check_rope(config: dict[str, Any], *parameters: dict[str, Any]) -> None:
+    """Checks that the rotary positions of a config.json are plain ones.
+
+    Raises:
+      UserError: they are scaled, for longer texts.
+    """
+    older = config.get("rope_scaling") or {}
+    for values in (*parameters, older):
+        kind = values.get("rope_type") or values.get("type") or "default"
+        if kind != "default":
+            raise UserError(f"config.json: rope_type={kind!r}; this encoder knows 'default', so choose another model")
+
+
+def read_global_every(config: dict[str, Any]) -> int:
+    """Returns n of a ModernBERT of which layers 0, n, 2n, ... are global.
+
+    Raises:
+      UserError: its `layer_types` have another order.
+    """
+    kinds = config.get("layer_types")
+    if kinds is None:
+        return int(config.get("global_attn_every_n_layers", 3))
+    is_global = [kind == "full_attention" for kind in kinds]
+    for n in range(1, len(kinds) + 1):
+        if is_global == [number % n == 0 for number in range(len(kinds))]:
+            return n
+    raise UserError(f"config.json: layer_types={kinds}; this encoder has global layers at 0, n, 2n, ... alone")
+
+
 def modernbert_values(config: dict[str, Any]) -> dict[str, Any]:
     """Returns the values of `config.model` of a ModernBERT, from its config.json."""
     for key in ("attention_bias", "mlp_bias", "norm_bias"):
@@ -219,6 +248,7 @@ def modernbert_values(config: dict[str, Any]) -> dict[str, Any]:
     gelu = translate(config, "hidden_activation", GELU, "gelu")
     # Newer files write the bases of the rotary positions by kind of layer.
     rope = config.get("rope_parameters") or {}
+    check_rope(config, rope.get("full_attention", {}), rope.get("sliding_attention", {}))
     return base_values(
         config["num_hidden_layers"], config["hidden_size"], config["num_attention_heads"], config["intermediate_size"]
     ) | dict(
@@ -230,7 +260,7 @@ def modernbert_values(config: dict[str, Any]) -> dict[str, Any]:
         mlp={"gelu_exact": "geglu_exact", "gelu": "geglu"}[gelu],
         norm_eps=config.get("norm_eps", 1e-5),
         local_window=config.get("local_attention", 128) // 2,
-        global_every=config.get("global_attn_every_n_layers", 3),
+        global_every=read_global_every(config),
         rope_theta=float(rope.get("full_attention", {}).get("rope_theta") or config.get("global_rope_theta", 160_000.0)),
         local_rope_theta=float(rope.get("sliding_attention", {}).get("rope_theta") or config.get("local_rope_theta", 10_000.0)),
     )
@@ -242,6 +272,7 @@ def starcoder2_values(config: dict[str, Any]) -> dict[str, Any]:
     translate(config, "sliding_window", {None: None}, None)
     heads, width = config["num_attention_heads"], config["hidden_size"]
     rope = config.get("rope_parameters") or {}
+    check_rope(config, rope)
     return base_values(config["num_hidden_layers"], width, heads, config["intermediate_size"]) | dict(
         num_kv_heads=config.get("num_key_value_heads") or heads,
         head_dim=config.get("head_dim") or width // heads,

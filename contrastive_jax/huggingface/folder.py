@@ -34,6 +34,7 @@ ORDER = {"Transformer": 0, "StaticEmbedding": 0, "WordWeights": 1, "Pooling": 2,
 FILES = ("*.json", "*.safetensors", "*/*.json", "*/*.safetensors")
 # Longest text in tokens of a StaticEmbedding whose tokenizer sets no limit, and of a Transformer whose files state none.
 DEFAULT_MAX_TOKENS = 512
+WHOLE_TEXTS = 2**20  # tokens: as good as no limit
 
 
 class Modules(NamedTuple):
@@ -67,6 +68,7 @@ class TextSettings(NamedTuple):
       lower_case: whether texts are lower-cased first.
       split_special_tokens: whether a special token's name in a text, "[PAD]", is text like any other.
       prompts: view, or another name → the text put before the texts that are encoded under it; those without one are absent.
+      default_prompt: the name of the prompt that texts get for which none is named; None: they get none.
     """
 
     tokenizer: pathlib.Path
@@ -74,6 +76,7 @@ class TextSettings(NamedTuple):
     lower_case: bool
     split_special_tokens: bool
     prompts: dict[str, str]
+    default_prompt: str | None
 
 
 def read_modules(name: epath.PathLike) -> Modules:
@@ -200,10 +203,11 @@ def read_text_settings(modules: Modules, positions: int | None) -> TextSettings:
     tokenizer = main / "tokenizer.json"
     if not tokenizer.exists():
         raise UserError(f"hf:{main}: no tokenizer.json there; save the tokenizer with transformers' save_pretrained")
+    views = modules.folder / "config_sentence_transformers.json"
     settings = files.read_json(main / "sentence_bert_config.json")
     tokenizer_settings = files.read_json(main / "tokenizer_config.json")
     if modules.is_bag:  # no limit but its tokenizer's
-        limits = [(files.read_json(tokenizer).get("truncation") or {}).get("max_length")]
+        limits = [(files.read_json(tokenizer).get("truncation") or {}).get("max_length", WHOLE_TEXTS)]
     else:
         limits = [
             positions,
@@ -215,7 +219,8 @@ def read_text_settings(modules: Modules, positions: int | None) -> TextSettings:
         max_tokens=int(min((limit for limit in limits if limit), default=DEFAULT_MAX_TOKENS)),
         lower_case=bool(settings.get("do_lower_case")),
         split_special_tokens=bool(tokenizer_settings.get("split_special_tokens")),
-        prompts=read_prompts(modules.folder / "config_sentence_transformers.json"),
+        prompts=read_prompts(views),
+        default_prompt=files.read_json(views).get("default_prompt_name"),
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 Forward = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 # Lengths to which rows are padded, four per doubling. A twelfth of the tokens is padding; each length is compiled for once.
-LENGTHS = tuple(sorted({step * quarter // 4 for step in (16 << i for i in range(10)) for quarter in (4, 5, 6, 7)}))
+LENGTHS = tuple(sorted({step * quarter // 4 for step in (16 << i for i in range(17)) for quarter in (4, 5, 6, 7)}))
 
 
 class Limits(NamedTuple):

@@ -124,7 +124,8 @@ def check_vectors(model: text_model.TextModel, folder: pathlib.Path, view: str, 
         if view in ("both", name) or model.prompts == "none":
             with jax.default_matmul_precision("highest"):  # TPUs and GPUs round the factors of float32 products
                 z = batching.embed_ragged(forward, model.tokenize(samples, name), model.max_tokens)
-            z_exported = exported.encode(samples, prompt_name=name if name in prompts else None, show_progress_bar=False)
+            # Without a prompt, "", it would take that of `default_prompt_name`.
+            z_exported = exported.encode(samples, prompt=prompts.get(name, ""), show_progress_bar=False)
             largest = max(largest, float(np.abs(z - z_exported).max()))
     if largest > TOLERANCE:
         raise RuntimeError(f"the vectors of the exported model differ by {largest:.1e} from the run's; nothing was written")

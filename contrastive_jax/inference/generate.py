@@ -6,6 +6,7 @@ row has a static length, and every step encodes it anew, without a cache.
 Dimensions: n rows, l tokens of a row, w ids of the vocabulary.
 """
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable, Sequence
@@ -118,8 +119,11 @@ class Writer:
     """
 
     def __init__(self, name: str, options: Options):
-        self.model, self.options = text_model.load(name, options.tokens + 2), options
-        config = self.model.config
+        for flag in ("samples", "keep", "tokens", "batch"):
+            if getattr(options, flag) < 1:
+                raise UserError(f"--{flag}={getattr(options, flag)}: must be at least 1")
+        model, self.options = text_model.load(name), options
+        config = model.config
         if config is None or config.tokens.name != "seq2seq":
             raise UserError(f"--model={name}: only a run with config.tokens.name='seq2seq' has learned to write texts")
         length = 2 * options.tokens + 4
@@ -127,6 +131,8 @@ class Writer:
             raise UserError(
                 f"--tokens={options.tokens}: the run has {config.model.max_length} positions, not {length}; lower it"
             )
+        shortened = dataclasses.replace(model.tokenize_views, max_tokens=options.tokens + 2)
+        self.model = dataclasses.replace(model, tokenize_views=shortened)
         _, params = read_params(parse_model_name(name), functools.partial(text_model.shardings_on_all_devices, config.model))
         tokenizer = self.model.tokenizer
         second = DELIMITERS[min(spans.make_sampler(config.data).views - 1, 1)]  # copies are all x

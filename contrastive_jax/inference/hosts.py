@@ -20,11 +20,12 @@ def tokenize_together(tokenize: Tokenize, texts: Sequence[str], view: str) -> To
     processes = jax.process_count()
     if processes == 1:
         return tokenize(texts, view)
-    part = -(-len(texts) // processes)  # texts per process; the last processes may have fewer
+    part = -(-len(texts) // processes)  # texts per process; the last processes may have fewer, or none
     start = jax.process_index() * part
     own = tokenize(texts[start : start + part], view)
     sizes = np.full((part, 2), -1, np.int32)
-    sizes[: len(own.rows)] = [(len(row), is_truncated) for row, is_truncated in zip(own.rows, own.truncated, strict=True)]
+    sizes[: len(own.rows), 0] = [len(row) for row in own.rows]
+    sizes[: len(own.rows), 1] = own.truncated
     all_sizes = gather(sizes)
     length = np.maximum(all_sizes[..., 0], 0).sum(1)  # ids of each process
     flat = np.zeros(length.max(), np.int32)

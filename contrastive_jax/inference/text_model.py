@@ -121,10 +121,12 @@ class TextModel:
         The first call hashes the parameters. The key "step" is absent for an exported or Hugging Face folder.
         """
         leaves_out = any(self.tokenize_views.prompt_tokens(view) for view in self.tokenize_views.views)
+        default = getattr(self.tokenize_views, "default_prompt", None)
         return (
             {"model": self.name}
             | ({} if self.step is None else {"step": self.step})
             | ({"include_prompt": False} if leaves_out else {})
+            | ({"default_prompt": default} if default else {})
             | ({} if self.precision == "float32" else {"precision": self.precision})
             | {
                 "pooling": self.pooling,
@@ -149,8 +151,9 @@ class TextModel:
 
         Args:
           texts: n texts; each is stripped, and truncated to `max_tokens`.
-          view: "query" or "document", which models without delimiters or prompts encode alike; or the name of another prompt
-            that the model's folder has.
+          view: "query" or "document", which models without delimiters or prompts encode alike; the name of another prompt that
+            the model's folder has; or `tokenize.NO_SIDE`, for texts on no side: of a run, queries; of a folder, as
+            sentence-transformers' `encode` takes them, with the folder's default prompt or none.
           progress: counts the texts; None: a line is logged every few seconds.
 
         Returns:
@@ -198,8 +201,11 @@ class TextModel:
         return a @ b.T
 
     def untrained(self) -> "TextModel | None":
-        """Returns the same model with the initial weights of its run; None for a folder, whose initial weights nobody knows."""
-        if self.config is None:
+        """Returns the same model with the initial, random weights of its run.
+
+        None for a folder, whose initial weights nobody knows, and for a run that began with another model's (`init_from`).
+        """
+        if self.config is None or self.config.init_from:
             return None
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.params)
         rng = step_key(jax.random.key(self.config.seed), "init", jnp.int32(0))
@@ -293,6 +299,7 @@ def load_folder(folder: epath.PathLike, max_tokens: int | None = None, precision
             file=settings.tokenizer,
             max_tokens=limit,
             prompts=settings.prompts or "none",
+            default_prompt=settings.default_prompt,
             include_prompt=modules.include_prompt,
             lower_case=settings.lower_case,
             special_tokens=not modules.is_bag,

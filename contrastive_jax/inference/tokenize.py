@@ -15,6 +15,13 @@ from contrastive_jax.huggingface.fast_tokenizer import DELIMITERS
 AnyTokenizer = tokenizer_lib.Tokenizer | tokenizer_lib.JsonTokenizer
 
 VIEWS = ("query", "document")
+# The view of texts that are on neither side, as those of similarity and classification.
+NO_SIDE = "no side"
+
+
+def valid(text: str) -> str:
+    """Returns a text with "?" for each lone surrogate, half of a character outside the BMP, which no tokenizer takes."""
+    return text.encode(errors="replace").decode()
 
 
 class TokenizedTexts(NamedTuple):
@@ -88,20 +95,21 @@ class RunTokenize:
 
     @property
     def views(self) -> tuple[str, ...]:
-        """The sides, and the names of all other prompts."""
-        return (*VIEWS, *(name for name in self.own_prompts if name not in VIEWS))
+        """The sides, NO_SIDE, and the names of all other prompts."""
+        return (*VIEWS, NO_SIDE, *(name for name in self.own_prompts if name not in VIEWS))
 
     def prompt_tokens(self, view: str) -> int:
         """Returns how many tokens of each row are not pooled: none."""
         return 0
 
     def __call__(self, texts: Sequence[str], view: str) -> TokenizedTexts:
-        """Tokenizes n texts of a view, "query" or "document", or of another prompt by its name."""
+        """Tokenizes n texts of a view: "query", "document", the name of another prompt, or NO_SIDE, which is "query"."""
+        view = "query" if view == NO_SIDE else view
         reserved, prompt = self.tokenizer.reserved, self.own_prompts.get(view, "")
         names = DELIMITERS[view.rpartition("_")[2]] if self.delimiters else ("", "")
         opening, closing = ([reserved[name]] if name in reserved else [] for name in names)
         room = self.max_tokens - len(opening) - len(closing)
-        ids = self.tokenizer.encode_batch([(prompt + text).strip() for text in texts])
+        ids = self.tokenizer.encode_batch([valid(prompt + text).strip() for text in texts])
         return TokenizedTexts(
             rows=[opening + text_ids[:room] + closing for text_ids in ids],
             truncated=[len(text_ids) > room for text_ids in ids],
@@ -116,6 +124,7 @@ class FolderTokenize:
       file: the tokenizer.json.
       max_tokens: ids per row at most, special tokens included.
       prompts: view, or another name → the text put before the texts that are encoded under it; or "none".
+      default_prompt: the name of the prompt of texts on no side; None: they have none.
       include_prompt: whether the tokens of the prompt are pooled too.
       lower_case: whether texts are lower-cased first.
       special_tokens: whether the tokenizer adds its special tokens; a StaticEmbedding goes without.
@@ -125,6 +134,7 @@ class FolderTokenize:
     file: pathlib.Path
     max_tokens: int
     prompts: str | Mapping[str, str] = "none"
+    default_prompt: str | None = None
     include_prompt: bool = True
     lower_case: bool = False
     special_tokens: bool = True
@@ -150,12 +160,13 @@ class FolderTokenize:
 
     @property
     def views(self) -> tuple[str, ...]:
-        """The sides, and the names of all other prompts."""
+        """The sides, NO_SIDE, and the names of all other prompts."""
         return (*VIEWS, *(name for name in self._prompts if name not in VIEWS))
 
     @property
     def _prompts(self) -> Mapping[str, str]:
-        return {} if isinstance(self.prompts, str) else self.prompts
+        prompts = {} if isinstance(self.prompts, str) else self.prompts
+        return {**prompts, NO_SIDE: prompts.get(self.default_prompt or "", "")}
 
     def prompt_tokens(self, view: str) -> int:
         """Returns how many tokens of each row of a view are not pooled: those before the text, where the prompt is left out."""
@@ -166,9 +177,9 @@ class FolderTokenize:
         return len(encoding.ids) - encoding.special_tokens_mask[-1]  # what the template puts last comes after the text
 
     def __call__(self, texts: Sequence[str], view: str) -> TokenizedTexts:
-        """Tokenizes n texts of a view, "query" or "document", or of another prompt by its name."""
+        """Tokenizes n texts of a view: "query", "document", NO_SIDE, or the name of another prompt."""
         prompt = self._prompts.get(view, "")
-        shown = [prompt + text for text in texts]
+        shown = [valid(prompt + text) for text in texts]
         encodings = self._truncating.encode_batch(shown, add_special_tokens=self.special_tokens)
         rows = [encoding.ids for encoding in encodings]
         # `overflowing` copies what was cut off: it is asked for only where a row is full.

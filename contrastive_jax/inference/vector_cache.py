@@ -24,6 +24,8 @@ def cached(path: pathlib.Path, model: str, encode: Encode) -> Encode:
     """
 
     def encode_cached(texts: Sequence[str]) -> np.ndarray:
+        if not texts:
+            return encode(texts)
         keys = [hashlib.sha256(f"{model}\0{text}".encode("utf-8", "surrogatepass")).digest() for text in texts]
         text_of = dict(zip(keys, texts, strict=True))
         with open_cache(path) as file:

@@ -66,6 +66,9 @@ def test_the_given_split_is_taken_and_labels_have_texts(tmp_path: pathlib.Path) 
     (tmp_path / "test.jsonl").write_text('{"text": "a", "label": "a"}\n{"text": 3, "label": "a"}\n')
     with pytest.raises(UserError, match=r"test.jsonl:2: no text under 'text'"):
         classify.read_labelled_texts(epath.Path(tmp_path))
+    (tmp_path / "test.jsonl").write_text("")
+    with pytest.raises(UserError, match="its part to test on has no texts"):
+        classify.read_labelled_texts(epath.Path(tmp_path))
     (tmp_path / "test.jsonl").unlink()
     with pytest.raises(UserError, match=r"neither train.jsonl and test.jsonl, nor all.jsonl, nor"):
         classify.read_labelled_texts(epath.Path(tmp_path))

@@ -93,6 +93,7 @@ def test_without_scores_there_is_no_best(tmp_path: pathlib.Path) -> None:
         ),
         ({"eval.tasks": "sts=nowhere"}, "config.eval.tasks=sts=nowhere: --data=nowhere: --tasks=sts needs the folder"),
         ({"eval.tasks": "sts"}, "config.eval.tasks=sts: give the data of sts, sts=DATA"),
+        ({"eval.tasks": "sts=a/dev,sts=b/dev"}, "two tasks would be called sts-dev; name their last folders differently"),
         ({"eval.tasks": "glue=x"}, "no task 'glue' in training; give TASK=DATA of query_key, information, sts, "),
     ],
 )

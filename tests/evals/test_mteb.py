@@ -14,6 +14,7 @@ from contrastive_jax.config import UserError
 from contrastive_jax.evals import mteb, sts
 from contrastive_jax.evals.task import Options
 from contrastive_jax.inference import text_model
+from contrastive_jax.inference.tokenize import NO_SIDE
 
 
 def test_without_mteb_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,11 +77,21 @@ def test_mteb_says_which_texts_are_documents(tmp_path: pathlib.Path, monkeypatch
         assert all(texts == ["a", "b", "c"] for _, texts in views)
         return [view for view, _ in views]
 
-    assert views_of(sts) == ["query", "query", "document"]
+    assert views_of(sts) == [NO_SIDE, "query", "document"]
     prompts = {"STS": "a ", "Retrieval-query": "the ", "NFCorpus-document": "hat "}
     (folder / "config_sentence_transformers.json").write_text(json.dumps({"prompts": prompts}))
     assert views_of(sts) == ["STS"] * 3
-    assert views_of(search) == ["query", "Retrieval-query", "NFCorpus-document"]
+    assert views_of(search) == [NO_SIDE, "Retrieval-query", "NFCorpus-document"]
+
+
+def test_the_protocol_knows_the_data_of_folders_in_folders(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("mteb")
+    (tmp_path / "STS12").mkdir()
+    seen = set()
+    for text in ("1\ta\tb\n", "2\ta\tb\n"):
+        (tmp_path / "STS12" / "test.tsv").write_text(text)
+        seen.add(mteb.TASK.protocol(None, epath.Path(tmp_path), Options())["data"])
+    assert len(seen) == 2
 
 
 def test_benchmarks_are_found_by_name() -> None:

@@ -64,6 +64,11 @@ def test_a_folder_is_scored_and_a_bad_one_named(tmp_path: pathlib.Path) -> None:
 
     measured = retrieval.score_encoder(encode, epath.Path(tmp_path))["test"]
     assert measured == dict.fromkeys(NAMES, 1.0)
+    # Where a query is a document itself, with its id, it is left out of its own ranking, as BEIR does it.
+    corpus = (tmp_path / "corpus.jsonl").read_text()
+    (tmp_path / "corpus.jsonl").write_text((tmp_path / "queries.jsonl").read_text() + corpus)
+    assert retrieval.score_encoder(encode, epath.Path(tmp_path))["test"] == measured
+    assert retrieval.score_bm25(epath.Path(tmp_path))["test"] == measured
     (tmp_path / "corpus.jsonl").write_text('{"_id": "a", "text": "b"}\n[]\n')
     with pytest.raises(UserError, match=r"corpus.jsonl:2: not a JSON object"):
         retrieval.score_encoder(encode, epath.Path(tmp_path))

@@ -70,6 +70,17 @@ def test_the_protocol_says_what_share_of_the_texts_was_truncated(
     assert [key for key, _, _ in results.differences(protocol, whole_protocol)] == ["max_tokens"]
 
 
+def test_vectors_of_another_architecture_are_not_taken_from_the_cache(pets: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """The weights and the tokenizer are the same."""
+    folder, options = write_folder(tmp_path / "bert", "bert"), Options(cache=tmp_path / "vectors.sqlite")
+    config = json.loads((folder / "config.json").read_text())
+    for changes in ({}, {"hidden_act": "gelu_new"}, {"num_attention_heads": 2}):
+        (folder / "config.json").write_text(json.dumps(config | changes))
+        model = text_model.load(f"hf:{folder}")
+        rows, _ = run.score_task(model, TASKS["sts"], str(pets), options)
+        assert rows == run.score_task(model, TASKS["sts"], str(pets), Options())[0]
+
+
 def test_a_result_is_written_beside_its_run_or_to_output(
     folder: pathlib.Path, pets: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -78,6 +89,8 @@ def test_a_result_is_written_beside_its_run_or_to_output(
     assert run.result_path(workdir, "sts", "a/stsb") == epath.Path(workdir) / "sts-stsb.json"
     assert run.result_path(f"{workdir}@best", "query_key", "") == epath.Path(workdir) / "query_key.json"
     assert run.result_path(f"hf:{folder}", "sts", "a/stsb") is None
+    (tmp_path / "run@0.1" / "checkpoints").mkdir(parents=True)
+    assert run.result_path(f"{workdir}@0.1", "sts", "a/stsb") == epath.Path(f"{workdir}@0.1") / "sts-stsb.json"
     for name in ("a.json", "b.json"):
         run.evaluate_model(f"hf:{folder}", ["sts"], [str(pets)], output=str(tmp_path / name))
     assert "spearman" in capsys.readouterr().out

@@ -27,6 +27,10 @@ def test_correlations_by_hand(tmp_path: pathlib.Path) -> None:
     (tmp_path / "0.tsv").write_text("1\tone\ttwo\n2 three four\n")
     with pytest.raises(UserError, match=r"0.tsv:2: not score, text, text"):
         sts.read_sts_file(epath.Path(tmp_path / "0.tsv"))
+    for text, count in (("", 0), ("1\tone\ttwo\n", 1)):
+        (tmp_path / "0.tsv").write_text(text)
+        with pytest.raises(UserError, match=rf"0.tsv: {count} pairs, and a correlation needs two or more"):
+            sts.score_folder(encode, epath.Path(tmp_path), sts.read_sts_file, "*.tsv")
 
 
 def test_spearman_is_pearson_of_mean_ranks() -> None:

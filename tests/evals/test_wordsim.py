@@ -42,6 +42,12 @@ def test_a_line_without_a_score_is_named(text: str, line: int, tmp_path: pathlib
         wordsim.read_word_pairs(epath.Path(tmp_path / "words.csv"))
 
 
+def test_a_line_of_another_encoding_is_named(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "words.csv").write_bytes("a,b,1\nfianc\xe9,c,2\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"words.csv:\d: cannot be read .*utf-8"):
+        wordsim.read_word_pairs(epath.Path(tmp_path / "words.csv"))
+
+
 def test_word_similarities_are_scored(tmp_path: pathlib.Path) -> None:
     (tmp_path / "one.csv").write_text("w1,w2,score\na,b,1\na,c,2\na,d,3\na,e,4\n")
     (tmp_path / "two.tsv").write_text("a\tb\t40\na\tc\t30\na\td\t20\na\te\t10\n")

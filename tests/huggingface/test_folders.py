@@ -121,6 +121,13 @@ def test_what_a_folder_or_this_encoder_lacks_is_named(tmp_path: pathlib.Path) ->
     assert "no .safetensors there (pickled weights are not read)" in message_of(pickled)
     assert "no tokenizer.json there" in message_of({"tokenizer.json": None})
     assert "hidden_act='relu'" in message_of(config(hidden_act="relu"))
+    modern = {"full_attention": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}
+    for values in ({"rope_parameters": modern}, {"rope_scaling": {"type": "yarn", "factor": 4.0}}):
+        with pytest.raises(UserError, match="rope_type='yarn'; this encoder knows 'default'"):
+            families.modernbert_values(values)
+        with pytest.raises(UserError, match="rope_type='yarn'; this encoder knows 'default'"):
+            starcoder = {"num_attention_heads": 2, "hidden_size": 8, "rope_parameters": modern["full_attention"]}
+            families.starcoder2_values(starcoder | values if "rope_scaling" in values else starcoder)
     assert "position_embedding_type" in message_of(config(position_embedding_type="relative_key"))
     assert "no tensor 'encoder.layer.3." in message_of(config(num_hidden_layers=4))
     assert "not what config.json says" in message_of(config(hidden_size=8))

@@ -1,7 +1,9 @@
 """Folders that today's sentence-transformers saves: the same vectors here, whatever their pooling, prompts and Dense."""
 
+import functools
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from hf_folders import WORDS
 
 from contrastive_jax.config import UserError
 from contrastive_jax.inference import text_model
+from contrastive_jax.inference.tokenize import NO_SIDE
 
 torch = pytest.importorskip("torch")
 st = pytest.importorskip("sentence_transformers")
@@ -69,11 +72,15 @@ def dense(width: int, out: int, activation: object, **more: object) -> object:
     return st.base.modules.Dense(width, out, activation_function=activation, **more)
 
 
-def check(model: object, folder: pathlib.Path) -> text_model.TextModel:
-    """The folder's vectors on both sides are the model's, to 1e-5."""
+def check(model: object, folder: pathlib.Path, texts: list[str] = TEXTS) -> text_model.TextModel:
+    """The folder's vectors, on both sides and on none, are the model's, to 1e-5."""
     loaded = text_model.load(f"hf:{folder}")
-    for ours, theirs in ((loaded.encode_query, model.encode_query), (loaded.encode_document, model.encode_document)):
-        np.testing.assert_allclose(ours(TEXTS), theirs(TEXTS, normalize_embeddings=True), atol=1e-5)
+    for ours, theirs in (
+        (loaded.encode_query, model.encode_query),
+        (loaded.encode_document, model.encode_document),
+        (functools.partial(loaded.encode, view=NO_SIDE), model.encode),
+    ):
+        np.testing.assert_allclose(ours(texts), theirs(texts, normalize_embeddings=True), atol=1e-5)
     return loaded
 
 
@@ -137,6 +144,7 @@ def test_weights_of_tokens(plain: pathlib.Path, tmp_path: pathlib.Path) -> None:
 
 def test_row_7_prompts_are_those_of_sentence_transformers(plain: pathlib.Path, tmp_path: pathlib.Path) -> None:
     cases = [
+        {"document": "a red ", "query": "a cat "},
         {"query": "a cat ", "passage": "the dog "},
         {"query": "a cat ", "document": "the mat ", "passage": "the dog ", "corpus": "a hat "},
         {"corpus": "the dog ", "STS": "a mat "},
@@ -162,7 +170,22 @@ def test_row_7_a_static_embedding_with_layers(tmp_path: pathlib.Path) -> None:
     layers = [dense(16, 24, torch.nn.Tanh()), dense(24, 12, None)]
     model = st.SentenceTransformer(modules=[bag, *layers, st.base.modules.Normalize()], prompts=PROMPTS, device="cpu")
     model.save(str(tmp_path / "saved"))
-    check(model, tmp_path / "saved")
+    check(model, tmp_path / "saved", [*TEXTS, "a dog " * 400])  # it has no limit
+
+
+def test_layers_of_modernbert_in_any_order_that_this_encoder_has(plain: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    for number, kinds in enumerate((["full"] * 2, ["full", "sliding"], ["sliding", "full"])):
+        model = shutil.copytree(plain / "modernbert", tmp_path / f"plain{number}")
+        config = json.loads((model / "config.json").read_text())
+        config.pop("global_attn_every_n_layers", None)
+        config["layer_types"] = [f"{kind}_attention" for kind in kinds]
+        (model / "config.json").write_text(json.dumps(config))
+        saved = save(tmp_path, tmp_path / str(number), model.name, pooling("mean"))
+        if kinds[0] == "full":
+            check(saved, tmp_path / str(number))
+        else:
+            with pytest.raises(UserError, match=r"layer_types=.*; this encoder has global layers at 0, n, 2n, ... alone"):
+                text_model.load(f"hf:{tmp_path / str(number)}")
 
 
 def test_what_cannot_be_is_refused_in_one_line(plain: pathlib.Path, tmp_path: pathlib.Path) -> None:

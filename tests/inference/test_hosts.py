@@ -122,16 +122,18 @@ def test_pieces_between_processes_are_the_whole(piece: int, shape: tuple[int, ..
     assert max(sizes) * 4 * 5 * 4 <= max(piece, 4 * 5 * 4)
 
 
-def test_parts_of_the_texts_are_put_together_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("count", "processes"), [(len(TEXTS), 3), (5, 4), (1, 3)], ids=["all", "one without", "one with"])
+def test_parts_of_the_texts_are_put_together_in_order(count: int, processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def tokenize(texts: list[str], view: str) -> TokenizedTexts:
         return TokenizedTexts([list(range(len(text))) for text in texts], [len(text) > 30 for text in texts])
 
-    alone = hosts.tokenize_together(tokenize, TEXTS, "query")
-    monkeypatch.setattr(jax, "process_count", lambda: 3)
-    sent: dict[int, list[np.ndarray]] = {0: [], 1: [], 2: []}
+    texts = TEXTS[:count]
+    alone = hosts.tokenize_together(tokenize, texts, "query")
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    sent: dict[int, list[np.ndarray]] = {process: [] for process in range(processes)}
     # Each process in turn says what it has; the last round hears all. Arrays that depend on others' sizes come in the second.
     for _ in range(2):
-        for process in range(3):
+        for process in range(processes):
             monkeypatch.setattr(jax, "process_index", lambda process=process: process)
             calls = iter(range(2))
 
@@ -143,5 +145,5 @@ def test_parts_of_the_texts_are_put_together_in_order(monkeypatch: pytest.Monkey
                 return np.stack([np.resize(x, array.shape) if x.shape != array.shape else x for x in heard])
 
             monkeypatch.setattr(hosts, "gather", gather)
-            together = hosts.tokenize_together(tokenize, TEXTS, "query")
+            together = hosts.tokenize_together(tokenize, texts, "query")
     assert together == alone

@@ -15,10 +15,12 @@ ROWS = [{"query": f"the cat {i}", "document": f"A dog {i * i} ran on a mat"} for
 
 
 @pytest.mark.filterwarnings("default")  # torch's and transformers' own
-def test_all_sides_send_the_ids_that_training_saw(dataset: pathlib.Path, tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("document_prompt", ["a text: ", ""])
+def test_all_sides_send_the_ids_that_training_saw(document_prompt: str, dataset: pathlib.Path, tmp_path: pathlib.Path) -> None:
     st = pytest.importorskip("sentence_transformers")
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
-    (tmp_path / "pairs.toml").write_text('[pets]\nfiles = "rows.jsonl"\nquery_prompt = "ask: "\ndocument_prompt = "a text: "')
+    source = f'[pets]\nfiles = "rows.jsonl"\nquery_prompt = "ask: "\ndocument_prompt = "{document_prompt}"'
+    (tmp_path / "pairs.toml").write_text(source)
     prepare.prepare(
         tmp_path / "data", pairs=str(tmp_path / "pairs.toml"), tokenizer=str(dataset), workers=1, validation_fraction=0.2
     )
@@ -34,7 +36,7 @@ def test_all_sides_send_the_ids_that_training_saw(dataset: pathlib.Path, tmp_pat
     theirs = st.SentenceTransformer(str(tmp_path / "out"), device="cpu")
     export.export(model, tmp_path / "documents", "document")
     alone = st.SentenceTransformer(str(tmp_path / "documents"), device="cpu")
-    assert alone.prompts[alone.default_prompt_name] == alone.prompts["document"] == "a text: "
+    assert alone.prompts[alone.default_prompt_name or "document"] == alone.prompts["document"] == document_prompt
     found = 0
     for row in ROWS:
         for view, key in (("query", "query"), ("document", "document")):

@@ -23,3 +23,4 @@ def test_vectors_are_made_once(tmp_path: pathlib.Path) -> None:
     assert not asked
     vector_cache.cached(path, "another", encode)(["0 x", "\ud800"])
     assert asked == ["0 x", "\ud800"]
+    assert vector_cache.cached(path, "model", lambda texts: np.zeros((0, 2)))([]).shape == (0, 2)
