@@ -3,8 +3,8 @@
     bash launch/local.sh --config=configs/byol.py
 
 Grill et al., arXiv 2006.07733, §3. The average's decay begins at 0.97, the paper's for short runs, and rises to 1. The heads
-are an eighth of the paper's. As a bag of embeddings (benchmarks/systems.py, three seeds) query-key top-5 / top-1 rose from
-34.6 / 22.2 to 38.9 / 23.7 %; the recipe as it stands, with a block, was not measured.
+are those of configs/simsiam.py, smaller than the paper's. As a bag of embeddings (benchmarks/systems.py, three seeds)
+query-key top-5 / top-1 rose from 34.6 / 22.2 to 38.9 / 23.7 %; the recipe as it stands, with a block, was not measured.
 """
 
 from ml_collections import ConfigDict

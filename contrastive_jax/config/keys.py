@@ -44,7 +44,8 @@ KEYS = {
     "checkpoint_every": Key(500, at_least(0)),
     "keep": Key(3, at_least(1)),
     # Also keep the checkpoint with the best value of this score (WORKDIR@best), for example "query_key/mean/top5" or
-    # "sts-stsb/test/spearman"; checkpoint_every must then be a multiple of eval_every. Empty: keep none.
+    # "sts-stsb/test/spearman"; checkpoint_every must then be a multiple of eval_every. What a run saves because it is told to
+    # end has no score, and is never the best. Empty: keep none.
     "keep_best": Key(""),
     # Gradient caching: encode this many pairs at once, or rows with this many tokens, instead of the whole batch. Loss and
     # gradient are the same; it costs one more forward pass. At most one of the two may be set; both 0: the whole batch.
@@ -356,7 +357,7 @@ KEYS = {
     "optim.eps": Key(1e-8, above(0)),
     "optim.weight_decay": Key(0.01, at_least(0)),
     # (regex, factor) pairs: the first pattern that matches a parameter's path decides; every parameter must be matched.
-    "optim.weight_decay_rules": Key(((r"norm|bias|embedding|objective", 0.0), (r".*", 1.0)), pairs(str)),
+    "optim.weight_decay_rules": Key(((r"norm|bias|embedding|ngrams|objective", 0.0), (r".*", 1.0)), pairs(str)),
     "optim.learning_rate_rules": Key(((r".*", 1.0),), pairs(str)),
     # Rules as above; 1: these parameters have the peak rate at every step (SimSiam's predictor), 0: they follow the schedule.
     "optim.constant_rate_rules": Key(((r".*", 0.0),), pairs(str)),

@@ -71,7 +71,7 @@ def queue_keys(config: ConfigDict, queue: Queue, step: jax.Array) -> Keys:
     b, s, _ = queue.z.shape
     slot = jnp.arange(s, dtype=jnp.int32)
     row = jnp.where(slot == step % s, jnp.arange(b, dtype=jnp.int32)[:, None], -1)
-    valid = jnp.broadcast_to(slot <= step, (b, s))
+    valid = (queue.z != 0).any(-1)  # a step that was skipped has left its slot as it was, at first empty
     # Documents of sources without in-batch negatives, below -1, are compared all the same; -1 equals nothing.
     document = queue.document if config.mask_same_document else jnp.where(queue.document < -1, queue.document, -1)
     return Keys(queue.z, MaskIds(row, valid, document, queue.span_hash if config.mask_duplicates else None))

@@ -53,6 +53,10 @@ def make_objective(config: ConfigDict, views: int, dim: int, mesh: Mesh | None =
     weight, extra = config.objective.weight, tuple(config.objective.extra)
     if unknown := sorted({name for name, _ in extra} - EXTRA.keys()):
         raise UserError(f"config.objective.extra: no loss {unknown[0]!r}; there are {', '.join(EXTRA)}")
+    if config.objective.matryoshka and not weight:
+        raise UserError(
+            "config.objective.matryoshka: config.objective.weight=0, and other losses see whole vectors; leave it out"
+        )
     objective = make_named(config, views, dim, mesh, axes) if weight else NO_OBJECTIVE
     if not losses_of(config.objective) or (weight == 1 and not extra):
         return objective
@@ -80,6 +84,12 @@ def make_named(config: ConfigDict, views: int, dim: int, mesh: Mesh | None, axes
         if config.objective.mask_guide:
             distillation.check_target(config, "mask_guide")
         return pairs.make_objective(pairs.pair_config(config), views, dim, mesh, axes)
-    if config.objective.locals:
-        raise UserError(f"config.objective.locals: config.objective.name={name!r} is no loss over pairs")
+    for key in ("locals", "matryoshka"):
+        if config.objective[key]:
+            raise UserError(f"config.objective.{key}: config.objective.name={name!r} is no loss over pairs; leave it out")
+    if config.data.hard_negatives and name in ("simsiam", "byol"):
+        raise UserError(
+            f"config.data.hard_negatives={config.data.hard_negatives}: config.objective.name={name!r} has no negatives, and "
+            "would draw them to their anchors; set 0"
+        )
     return OBJECTIVES[name](config, views, dim)

@@ -220,7 +220,7 @@ def bidirectional_language_model(config: ConfigDict, d: int, w: int) -> TokenLos
     Raises:
       UserError: the halves of the states are not of one direction each, or a row has the spans of several pairs.
     """
-    needed = {"mixer": "lstm", "mlp": "none", "norm": "affine"}
+    needed = {"mixer": "lstm", "mlp": "none", "norm": "affine", "ngrams": ()}
     wrong = ", ".join(f"config.model.{key}={value!r}" for key, value in needed.items() if config.model[key] != value)
     if wrong:
         raise UserError(f"config.tokens.name='bilm': each half of a state must know one direction alone; set {wrong}")

@@ -114,6 +114,11 @@ def check_run(config: ConfigDict, mesh: Mesh) -> None:
             "config.objective.where='ring': the batch is on one device only (mesh.data × mesh.fsdp = 1); take 'gathered'"
         )
     check_query_length(config)
+    if config.data.hard_negatives and config.data.sampler != "fields":
+        raise UserError(
+            f"config.data.hard_negatives={config.data.hard_negatives}: no span of a document is one; set "
+            "config.data.sampler='fields', or 0"
+        )
     if config.objective.locals and (config.data.pack_pairs > 1 or dense_layers(config.model)):
         raise UserError(
             "config.objective.locals: needs config.data.pack_pairs=1, config.model.embedding_dim=0 and config.model.dense=()"

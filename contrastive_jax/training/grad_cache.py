@@ -29,7 +29,8 @@ def cached(
 
     Args:
       encode: (params, arrays [m ...]) → arrays [m ...], row by row. Nothing may depend on a row's position in the micro-batch.
-      micro_batch: m, rows encoded at once over all devices; the last micro-batch may be smaller (it is padded with zeros).
+      micro_batch: m, the most rows encoded at once over all devices. All micro-batches have one size; if the batch does not
+        divide by their number, the last one is padded with zeros.
       mesh: the mesh; None: one device.
       axes: the mesh axes over which rows are spread: each micro-batch stays spread over all of them.
 
@@ -51,18 +52,19 @@ def cached(
         b = len(jax.tree.leaves(batch)[0])
         local = b // shards
         count = -(-local // per_shard)
+        size = -(-local // count)  # of a device: even micro-batches, as many as there would be of `micro_batch` rows
 
         def split(x: jax.Array) -> jax.Array:
             """[b ...] → [count m ...]: every device cuts its own rows, so that none moves."""
             x = constrain(x.reshape(shards, local, *x.shape[1:]), axes)
-            x = jnp.pad(x, [(0, 0), (0, count * per_shard - local)] + [(0, 0)] * (x.ndim - 2))
-            x = x.reshape(shards, count, per_shard, *x.shape[2:]).swapaxes(0, 1)
-            return constrain(x.reshape(count, micro_batch, *x.shape[3:]), None, axes)
+            x = jnp.pad(x, [(0, 0), (0, count * size - local)] + [(0, 0)] * (x.ndim - 2))
+            x = x.reshape(shards, count, size, *x.shape[2:]).swapaxes(0, 1)
+            return constrain(x.reshape(count, shards * size, *x.shape[3:]), None, axes)
 
         def join(x: jax.Array) -> jax.Array:
             """[count m ...] → [b ...], without the padding."""
-            x = x.reshape(count, shards, per_shard, *x.shape[2:]).swapaxes(0, 1)
-            x = x.reshape(shards, count * per_shard, *x.shape[3:])[:, :local]
+            x = x.reshape(count, shards, size, *x.shape[2:]).swapaxes(0, 1)
+            x = x.reshape(shards, count * size, *x.shape[3:])[:, :local]
             return constrain(x.reshape(b, *x.shape[2:]), axes)
 
         recomputed = jax.checkpoint(lambda part: encode(params, part))

@@ -323,6 +323,9 @@ def replay(setup: Setup, number: int) -> None:
     batches = global_batches(setup, restored_step)
     for step in range(restored_step + 1, number + 1):
         batch = next(batches)
+        if step == number:
+            # Compiled for the steps before, it would overwrite its input, which JAX reads again to find the operation.
+            jax.clear_caches()
         with jax.debug_nans(step == number):
             state, values, _ = setup.run.train_step(state, batch)
     shown = {name: jax.device_get(values[name].addressable_data(0)) for name in ("loss", "gradient_norm", "parameter_norm")}

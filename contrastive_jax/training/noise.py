@@ -232,8 +232,10 @@ def infill(text: Text, rate: float, config: ConfigDict, vocabulary: Vocabulary) 
     mean = config.span_mean
     chances = np.cumprod(mean / np.arange(1, int(3 * mean) + 10)) * math.exp(-mean)  # P(1), P(2), ...
     number = pick_spans(text, rate, config, chances)
-    first = begins(text, number)
-    second = (number > 0) & ~first & jnp.pad(first[:, :-1], ((0, 0), (1, 0)))
+    first, unit = begins(text, number), units(text, config)[0]
+    first_unit = take(unit, jax.lax.cummax(jnp.where(first, text.place, 0), axis=1))
+    starts = unit != jnp.pad(unit[:, :-1], ((0, 0), (1, 0)))
+    second = (number > 0) & starts & (unit == first_unit + 1)  # the first token of a span's second unit
     inserted = second & (text.uniform(3) < math.exp(-mean) / (1 - (1 + mean) * math.exp(-mean)))
     after = text.place - text.position + (text.uniform(4) * (text.size - 1)).astype(jnp.int32)
     key = jnp.where(inserted, 2 * after + 1, 2 * text.place)

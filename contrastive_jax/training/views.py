@@ -196,11 +196,20 @@ def check_noise(config: ConfigDict) -> None:
             f"config.tokens.name={config.tokens.name!r} predicts what noise has picked; set config.noise.ops, as in "
             "(('mask', 0.15),)"
         )
+    for name, rate in config.noise.ops:
+        if name != "ngram" and not 0 <= rate <= 1:
+            raise UserError(f"config.noise.ops: {name!r} has a share of {rate}, and needs one in [0, 1]")
+    if config.noise.random_share + config.noise.kept_share > 1:
+        raise UserError(
+            f"config.noise.random_share={config.noise.random_share}, config.noise.kept_share={config.noise.kept_share}: "
+            "together they must not be above 1"
+        )
+    some_views = config.noise.views and len(set(config.noise.views)) < count
     for name in {"ngram", "sentinel"} & set(ops):
-        if config.data.copies != count or count < 2 or config.data.pack_pairs > 1 or config.noise.clean_rows:
+        if config.data.copies != count or count < 2 or config.data.pack_pairs > 1 or config.noise.clean_rows or some_views:
             raise UserError(
                 f"config.noise.ops: {name!r} divides one text among its copies; set config.data.sampler='span', "
-                "config.data.copies=2, config.data.pack_pairs=1 and config.noise.clean_rows=0"
+                "config.data.copies=2, config.data.pack_pairs=1, config.noise.views=() and config.noise.clean_rows=0"
             )
 
 

@@ -73,6 +73,7 @@ def teacher_config(config: ConfigDict) -> ConfigDict:
     taught, parsed = copy.deepcopy(config), parse_model_name(name)
     taught.model.update(default_config().model)
     taught.model.update(source_values(name, "memory.source") | {key: config.model[key] for key in COMPUTATION})
+    taught.model.update(remat="none", saved=())  # it has no backward pass
     if config.tokens.name != "distil":
         taught.tokens.name = ""
         return taught

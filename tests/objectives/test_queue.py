@@ -74,6 +74,14 @@ def test_loss_equals_a_loop_over_past_batches(loss: str, where: str, devices: in
         np.testing.assert_allclose(step(z_spread, ids_spread, queue, jnp.int32(k)), total / rows, rtol=1e-5)
 
 
+def test_a_slot_that_was_never_written_has_no_keys() -> None:
+    """Its step was skipped: the memory stays as it was, and the step number goes on."""
+    (z, ids), config = batches(1)[0], config_of(name="infonce")
+    queue = queue_lib.push(queue_lib.empty_queue(B, S, E), z[:, 1], ids, jnp.int32(1))
+    valid = np.asarray(queue_lib.queue_keys(config, queue, jnp.int32(1)).ids.valid)
+    np.testing.assert_array_equal(valid, np.broadcast_to([False, True, False], (B, S)))
+
+
 def test_a_source_without_in_batch_negatives_has_none_in_the_queue_either() -> None:
     """Its documents, numbered below -1 by class, are compared whether or not those of other sources are."""
     (z, ids), labels = batches(1)[0], jnp.zeros(B)

@@ -91,6 +91,20 @@ IMPOSSIBLE = [
     ("objective.name=siglip objective.label_smoothing=0.1", "config.objective.label_smoothing=0.1"),
     ("objective.matryoshka=[(64,1.0)]", "config.objective.matryoshka"),
     (
+        "objective.name=cosent objective.matryoshka=[(8,1.0)]",
+        "config.objective.matryoshka: config.objective.name='cosent' is no loss over pairs",
+    ),
+    (
+        "objective.weight=0.0 objective.extra=(('spread_mean',1.0),) objective.matryoshka=[(8,1.0)]",
+        "config.objective.matryoshka: config.objective.weight=0",
+    ),
+    ("data.views=3 data.hard_negatives=1", "config.data.hard_negatives=1: no span of a document is one"),
+    ("noise.ops=[('mask',15.0)]", "config.noise.ops: 'mask' has a share of 15.0, and needs one in [0, 1]"),
+    (
+        "tokens.name=bilm model.mixer=lstm model.position=none model.mlp=none model.norm=affine model.ngrams=((2,128),)",
+        "config.tokens.name='bilm': each half of a state must know one direction alone; set config.model.ngrams=()",
+    ),
+    (
         "objective.where=ring mesh.tensor=8 model.num_heads=8 model.num_kv_heads=8",
         "config.objective.where='ring': the batch is on one device",
     ),

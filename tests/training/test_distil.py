@@ -37,6 +37,7 @@ def teacher(data: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pat
     workdir = tmp_path_factory.mktemp("teacher")
     config = shrink(recipe("debug"), data)
     config.model.update(num_layers=3, d_model=24, init_std=0.2, zero_init_branches=False, pooling="max", embedding_dim=12)
+    config.model.update(remat="full", saved=(("query", 2),), scan=False)  # which a student need not know
     config.noise.ops, config.tokens.name, config.tokens.head = (("mask", 0.15),), "mlm", "mlp"
     loop.train(loop.set_up(config, epath.Path(workdir)), 2)
     return workdir

@@ -29,6 +29,23 @@ def rows() -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize(
+    ("micro_batch", "devices", "rows_at_once"), [(64, 1, 24), (23, 1, 12), (16, 1, 12), (8, 1, 8), (16, 8, 16), (64, 8, 24)]
+)
+def test_micro_batches_are_even_and_no_larger_than_the_batch(micro_batch: int, devices: int, rows_at_once: int) -> None:
+    seen = set()
+
+    def encode(params: dict, x: jax.Array) -> jax.Array:
+        seen.add(len(x))
+        return x * params["factor"]
+
+    mesh = sharding.make_mesh(default_config().mesh, jax.devices()[:devices])
+    cached = grad_cache.cached(encode, micro_batch, mesh, sharding.BATCH_AXES)
+    x = np.arange(2.0 * B).reshape(B, 2)
+    np.testing.assert_array_equal(jax.jit(cached)({"factor": 3.0}, x), 3 * x)
+    assert seen == {rows_at_once}
+
+
+@pytest.mark.parametrize(
     ("micro_batch", "devices"),
     [pytest.param(7, 1, marks=pytest.mark.slow), (16, 8), pytest.param(12, 4, marks=pytest.mark.slow)],
 )  # 7, and 16 of 24: a ragged end

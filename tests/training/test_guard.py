@@ -166,6 +166,17 @@ def test_a_step_is_replayed(dataset: pathlib.Path, tmp_path: pathlib.Path, caplo
     with pytest.raises(UserError, match=r"--replay_step=0: must be at least 1"):
         loop.replay(loop.set_up(config, epath.Path(tmp_path)), 0)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    # A step with a NaN, after one without: JAX runs it again to find the operation.
+    setup = loop.set_up(config, epath.Path(tmp_path))
+
+    def nan_at_4(state: step_lib.TrainState, batch: Batch) -> tuple:
+        nan = jnp.where(state.step == 3, jnp.nan, 0.0)
+        state, values, z = setup.run.train_step(state, batch)
+        return state, values | {"loss": values["loss"] + nan}, z
+
+    run_with_nan = setup.run._replace(train_step=jax.jit(nan_at_4, donate_argnums=0))
+    with pytest.raises(FloatingPointError):
+        loop.replay(setup._replace(run=run_with_nan), 4)
     digest = caplog.text.rpartition(" batch digest: ")[2].split()[0]
     assert f'"batch_digest": "{digest}"' in lines[3]
     assert "replayed step 4, starting from the state of step 2: no NaN" in caplog.text

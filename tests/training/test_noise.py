@@ -147,9 +147,11 @@ def test_row57_a_text_that_is_divided_among_its_copies_has_noise_in_all_of_them(
     config.data.update(sampler="span", copies=2)
     config.noise.ops = (("sentinel", 0.1),)
     views.make_views(config, PLAIN)
-    config.noise.clean_rows = 0.5
-    with pytest.raises(UserError, match=r"^config.noise.ops: 'sentinel' .* and config.noise.clean_rows=0$"):
-        views.make_views(config, PLAIN)
+    for changes in ({"clean_rows": 0.5}, {"views": (0,)}):
+        changed = config.copy_and_resolve_references()
+        changed.noise.update(changes)
+        with pytest.raises(UserError, match=r"^config.noise.ops: 'sentinel' .* and config.noise.clean_rows=0$"):
+            views.make_views(changed, PLAIN)
 
 
 def test_row53_spans_have_the_lengths_of_spanbert() -> None:
@@ -250,6 +252,17 @@ def test_row54_infilling_puts_one_mask_in_the_place_of_a_span_and_inserts_some()
     assert 0.5 * np.exp(-3) < inserted / masks.sum() < 1.5 * np.exp(-3)  # P(0) of Poisson(3), up to those beside a span
 
 
+def test_row54_masks_are_inserted_after_spans_of_two_words_or_more_alone() -> None:
+    """Two tokens per word in place of one change nothing, since lengths are those of words."""
+    masks = []
+    for tokens_per_word in (1, 2):
+        tables = pieces.Tables(np.arange(VOCAB) % tokens_per_word == 0, SENTENCE_END, np.zeros(VOCAB, bool))
+        rows = one_text(4000, 24 * tokens_per_word)
+        noised, _, _ = apply(noise_config(("infill", 0.3), unit="word"), rows, Vocabulary(VOCAB, RESERVED, tables))
+        masks.append((noised == 3).sum() / 4000)
+    assert abs(masks[1] / masks[0] - 1) < 0.03
+
+
 def test_row54_sentinels_equal_the_references_random_segmentation() -> None:
     """All masks of 12 tokens with 5 hidden in 2 spans, each as likely as in T5's random_spans_noise_mask."""
     noised, segment, targets = apply(noise_config(("sentinel", 5 / 12), span_mean=2.5), one_text(20_000, 12))
@@ -299,6 +312,11 @@ def test_operations_follow_one_another_and_targets_move_along() -> None:
     [
         ({"ops": (("blur", 0.1),)}, r"config.noise.ops: no operation 'blur'; there are mask, replace, delete, .*"),
         ({"ops": (("mask", 0.1),), "views": (2,)}, r"config.noise.views=\(2,\): there are the views 0 to 1"),
+        ({"ops": (("mask", -0.1),)}, r"config.noise.ops: 'mask' has a share of -0.1, and needs one in \[0, 1\]"),
+        (
+            {"ops": (("mask", 0.1),), "random_share": 0.5, "kept_share": 0.6},
+            r"config.noise.random_share=0.5, config.noise.kept_share=0.6: together they must not be above 1",
+        ),
         ({"ops": (("ngram", 5.0),)}, r"config.noise.ops: 'ngram' divides one text among its copies; set .*'span', .*"),
     ],
 )

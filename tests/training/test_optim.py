@@ -7,6 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from contrastive_jax.config import UserError, default_config
+from contrastive_jax.models import encoder
 from contrastive_jax.training import optim
 
 
@@ -46,6 +47,19 @@ def test_decay_and_rate_follow_the_first_matching_rule() -> None:
     np.testing.assert_allclose(updates["mlp"]["kernel"], -0.1 * 2 * 0.5)
     np.testing.assert_allclose(updates["mlp"]["bias"], 0)
     np.testing.assert_allclose(updates["embedding"], 0)
+
+
+def test_no_table_of_embeddings_decays_by_default() -> None:
+    config = default_config()
+    config.model.update(num_layers=1, ngrams=((2, 128),), position="learned", token_weights=True, embedding_dim=8)
+    init = encoder.make_encoder(config.model, 50).init
+    params = jax.tree.map(lambda x: jnp.ones(x.shape), {"encoder": jax.eval_shape(init, jax.random.key(0))})
+    config.optim.update(warmup_steps=0, schedule="constant", weight_decay=0.5)
+    optimizer = optim.make_optimizer(config.optim, 10, params)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    transformer = updates["encoder"].pop("transformer")
+    assert not any(transformer[name].any() for name in ("embedding", "position_embedding"))
+    assert not transformer["ngrams"]["order_2"].any() and updates["encoder"]["projection"]["kernel"].any()
 
 
 def test_row45_a_constant_rate_is_the_peak_at_every_step() -> None:
