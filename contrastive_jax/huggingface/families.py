@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from contrastive_jax.config import UserError
+from contrastive_jax.huggingface.rotary import check_rope, read_global_every
 
 
 class Entry(NamedTuple):
@@ -210,35 +211,6 @@ def gpt2_values(config: dict[str, Any]) -> dict[str, Any]:
         mlp=translate(config, "activation_function", ACTIVATIONS, "gelu_new"),
         norm_eps=config.get("layer_norm_epsilon", 1e-5),
     )
-
-
-def check_rope(config: dict[str, Any], *parameters: dict[str, Any]) -> None:
-    """Checks that the rotary positions of a config.json are plain ones.
-
-    Raises:
-      UserError: they are scaled, for longer texts.
-    """
-    older = config.get("rope_scaling") or {}
-    for values in (*parameters, older):
-        kind = values.get("rope_type") or values.get("type") or "default"
-        if kind != "default":
-            raise UserError(f"config.json: rope_type={kind!r}; this encoder knows 'default', so choose another model")
-
-
-def read_global_every(config: dict[str, Any]) -> int:
-    """Returns n of a ModernBERT of which layers 0, n, 2n, ... are global.
-
-    Raises:
-      UserError: its `layer_types` have another order.
-    """
-    kinds = config.get("layer_types")
-    if kinds is None:
-        return int(config.get("global_attn_every_n_layers", 3))
-    is_global = [kind == "full_attention" for kind in kinds]
-    for n in range(1, len(kinds) + 1):
-        if is_global == [number % n == 0 for number in range(len(kinds))]:
-            return n
-    raise UserError(f"config.json: layer_types={kinds}; this encoder has global layers at 0, n, 2n, ... alone")
 
 
 def modernbert_values(config: dict[str, Any]) -> dict[str, Any]:
