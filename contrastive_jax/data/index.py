@@ -109,7 +109,7 @@ def find_file_shards(root: epath.Path, split: str, cache_dir: str, cache_gb: flo
                 )
             return file_shards
         root = epath.Path(transfer.local_copy(root, [pattern], cache_dir))
-    file_shards = [file.name for file in listing.list_files(os.fspath(root / pattern))]
+    file_shards = [file.name for file in listing.files_below(root, pattern)]
     if not file_shards:
         raise UserError(f"{root}: no {pattern} there; prepare the data again")
     return file_shards

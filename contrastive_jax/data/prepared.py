@@ -259,14 +259,15 @@ def folders(directory: epath.PathLike) -> list[epath.Path]:
 def load_manifest(directory: epath.PathLike) -> dict[str, Any]:
     """Returns the manifest of a prepared dataset.
 
-    Of several datasets, it is the manifest of the first one, with the longest `window` of all, and a `content_hash` of all.
+    Of several datasets, it is the manifest of the first one, with the longest `window` of all, a `content_hash` of all, and as
+    many positives and hard negatives as the pairs of all have.
 
     Args:
       directory: `config.data.dir`.
 
     Raises:
       UserError: a folder is not a finished prepared dataset, or this version cannot read its format, or the datasets have
-        different tokenizers.
+        different tokenizers, or some have pairs and others documents.
     """
     roots = folders(directory)
     manifests = [_load_manifest(root, directory) for root in roots]
@@ -277,18 +278,30 @@ def load_manifest(directory: epath.PathLike) -> dict[str, Any]:
             raise UserError(
                 f"config.data.dir: {root} has another tokenizer than {roots[0]}; prepare it with `--tokenizer={roots[0]}`"
             )
+        if bool(manifest.get("fields")) != bool(first.get("fields")):
+            kinds = ("pairs", "documents") if manifest.get("fields") else ("documents", "pairs")
+            raise UserError(f"config.data.dir: {root} holds {kinds[0]}, but {roots[0]} {kinds[1]}; leave one of them out")
     if len(roots) == 1:
         return first
     hashes = [manifest["content_hash"] for manifest in manifests]
     return first | {
         "window": max(manifest["window"] for manifest in manifests),
         "content_hash": hashlib.sha256(" ".join(hashes).encode()).hexdigest(),
-        "fields": min(manifest.get("fields", 0) for manifest in manifests),
-        "hard_negatives": min(manifest.get("hard_negatives", 0) for manifest in manifests),
+        **fewest_texts(manifests),
         "numbers": [name for name in first.get("numbers", []) if all(name in m.get("numbers", []) for m in manifests)],
         "sources": {name: source for manifest in manifests for name, source in manifest.get("sources", {}).items()},
         "labels": label_range(manifest.get("labels", []) for manifest in manifests),
     }
+
+
+def fewest_texts(manifests: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Returns the texts that each pair of several datasets has at least: "fields" of them, "hard_negatives" among these.
+
+    The fewest positives may be those of one dataset, and the fewest hard negatives those of another. Documents have no fields.
+    """
+    hard = [manifest.get("hard_negatives", 0) for manifest in manifests]
+    others = [manifest.get("fields", 0) - number for manifest, number in zip(manifests, hard, strict=True)]
+    return {"fields": min(others) + min(hard), "hard_negatives": min(hard)}
 
 
 def prompts_of(manifest: dict[str, Any]) -> dict[str, str]:

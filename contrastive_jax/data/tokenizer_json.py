@@ -2,9 +2,11 @@
 
 import hashlib
 import itertools
+import re
 from collections.abc import Iterable, Sequence
 
 import tokenizers
+from tokenizers import Regex, normalizers
 
 from contrastive_jax.config import UserError
 from contrastive_jax.data import pieces
@@ -46,6 +48,23 @@ def read_template(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]
     return opening, closing
 
 
+def find_blanking(tokenizer: tokenizers.Tokenizer, reserved: Iterable[int]) -> normalizers.Normalizer | None:
+    """Returns what puts a space in the place of each reserved piece that a text reaches; None: a text reaches none.
+
+    Special tokens are encoded as text. But to a Unigram model (T5, XLM-R) "</s>" is a piece like any other, and the best one
+    for the text "</s>". (Tokens that were added as others than special ones are still found, as <mask> of Gemma.)
+
+    Args:
+      tokenizer: encodes special tokens as text.
+      reserved: the reserved ids.
+    """
+    names = [name for index in dict.fromkeys(reserved) if (name := tokenizer.id_to_token(index)) is not None]
+    # With white space before it, and without.
+    ids = {name: tokenizer.encode(f"{name} a{name}a", add_special_tokens=False).ids for name in names}
+    reached = [re.escape(name) for name in names if tokenizer.token_to_id(name) in ids[name]]
+    return normalizers.Replace(Regex("|".join(reached)), " ") if reached else None
+
+
 class JsonTokenizer:
     """A tokenizer.json and its reserved ids.
 
@@ -57,7 +76,8 @@ class JsonTokenizer:
       file: the file name of such a tokenizer in a dataset or a workdir.
       model: the bytes of tokenizer.json.
       reserved: {name: id}, as in `tokenizer.Tokenizer`, but without the delimiters that a template lacks; `encode` never
-        returns one of these ids.
+        returns one of these ids, unless tokenizer.json adds it as a token that is not special.
+      blanking: puts a space in the place of each reserved piece that a text would reach; None: a text reaches none.
       has_template: whether the tokenizer puts the delimiters around a text itself.
       vocab_size: the number of ids, reserved ids included.
       sha256: the SHA-256 of `model`, in hexadecimal.
@@ -90,6 +110,10 @@ class JsonTokenizer:
         self.reserved: dict[str, int] = {
             name: size + lacking.index(name) if known_id is None else known_id for name, known_id in known_ids.items()
         }
+        self.blanking = find_blanking(self._tokenizer, self.reserved.values())
+        if self.blanking:
+            before = self._tokenizer.normalizer
+            self._tokenizer.normalizer = normalizers.Sequence([*([before] if before else []), self.blanking])
 
     def encode(self, text: str) -> list[int]:
         """Returns the token ids of a text, without delimiters or any other reserved id."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import os
 import pathlib
@@ -34,7 +35,7 @@ def bounded_copy(path: epath.PathLike, pattern: str, cache: epath.PathLike, limi
       The files, sorted by name: the path of the copy, or the name on the bucket of a file that does not fit.
     """
     client, root = transfer.bucket_client(path), transfer.bucket_name(path)
-    infos = sorted(client.glob(f"{root}/{pattern}", detail=True).items())
+    infos = sorted(client.glob(f"{glob.escape(root)}/{pattern}", detail=True).items())
     state = [(name, info["size"], info.get("generation") or info.get("ETag")) for name, info in infos]
     cache_root = pathlib.Path(cache or cache_folder() / "buckets").expanduser()
     folder = cache_root / hashlib.sha256(repr((os.fspath(path), state, limit)).encode()).hexdigest()[:16]

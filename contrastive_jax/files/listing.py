@@ -51,6 +51,11 @@ def list_files(pattern: str) -> list[ListedFile]:
     return sorted(ListedFile(name, info["size"] or 0, version_of(info)) for name, info in listed)
 
 
+def files_below(folder: epath.PathLike, pattern: str) -> list[ListedFile]:
+    """Returns the files that match a glob below a folder; the name of the folder is no glob, even if it has brackets."""
+    return list_files(f"{glob.escape(os.fspath(folder).rstrip('/'))}/{pattern}")
+
+
 def local_files(pattern: str) -> list[ListedFile]:
     """Returns the local files that match a glob, or the one file that has this very name, brackets included."""
     files, pattern = [], os.path.expanduser(pattern)

@@ -8,6 +8,7 @@ import concurrent.futures
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import os
 import pathlib
@@ -203,7 +204,8 @@ def local_copy(path: epath.PathLike, patterns: Sequence[str] = (), cache: epath.
         return pathlib.Path(path)
     client, cache_root = bucket_client(path), pathlib.Path(cache or cache_folder() / "buckets").expanduser()
     root = bucket_name(path)
-    found = [client.glob(f"{root}/{pattern}", detail=True) for pattern in patterns] or [client.find(root, detail=True)]
+    literal = glob.escape(root)
+    found = [client.glob(f"{literal}/{pattern}", detail=True) for pattern in patterns] or [client.find(root, detail=True)]
     infos = {name: info for part in found for name, info in part.items() if info["type"] == "file" and name != root}
     if not infos:
         raise UserError(f"{path}: no {' and no '.join(patterns) or 'files'} there; check the path")

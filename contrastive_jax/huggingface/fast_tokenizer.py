@@ -61,7 +61,7 @@ def convert_json(tokenizer: JsonTokenizer, views: tuple[str, ...], special_token
         description["post_processor"] = None
     converted = tokenizers.Tokenizer.from_str(json.dumps(description))
     converted.no_padding()
-    converted.normalizer = normalizers.Sequence([STRIP, *([converted.normalizer] if converted.normalizer else [])])
+    converted.normalizer = normalizers.Sequence([STRIP, *filter(None, (converted.normalizer, tokenizer.blanking))])
     if not special_tokens:
         return converted
     if views and tokenizer.has_template:  # which is that of both views

@@ -126,3 +126,16 @@ def test_the_old_dataset_stays_until_everything_is_checked(gs_bucket: str, given
     with pytest.raises(UserError, match="--memory_gb=0.1: one worker and the main process need"):
         prepare.prepare(f"{gs_bucket}/data", **given | {"record_tokens": 32}, overwrite=True, memory_gb=0.1)
     assert listing(gs_bucket) == before
+
+
+def test_a_file_of_sources_may_be_on_a_bucket(bucket: str, tmp_path: pathlib.Path) -> None:
+    folder = epath.Path(bucket) / "sets"
+    lines = [json.dumps({"query": f"question {i}", "document": f"answer {i}"}) for i in range(40)]
+    (folder / "nq" / "1.jsonl").write_text("\n".join(lines[:20]))
+    (folder / "nq" / "2.jsonl").write_text("\n".join(lines[20:]))
+    (folder / "pairs.toml").write_bytes('["größe"]\nfiles = "nq/*.jsonl"'.encode())
+    arguments = {"vocab_size": 300, "validation_fraction": 0.2, "workers": 1}
+    manifest = prepare.prepare(tmp_path / "out", pairs=f"{folder}/pairs.toml", **arguments)
+    assert manifest["domains"] == ["größe"] and sum(split["records"] for split in manifest["splits"].values()) == 40
+    with pytest.raises(UserError, match=r"--pairs=\S+/nowhere.toml: no such file"):
+        prepare.prepare(tmp_path / "other", pairs=f"{folder}/nowhere.toml", **arguments)

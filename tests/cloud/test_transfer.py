@@ -138,7 +138,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(bucket: str
 def test_a_prepared_dataset_reads_the_same_from_a_bucket(
     bucket: str, dataset: pathlib.Path, cache: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    root = epath.Path(bucket) / "data"
+    root = epath.Path(bucket) / "data[1]"  # which is no glob
     transfer.upload_folder(dataset, root, last="manifest.json")
     local = prepared.open_split(dataset, "validation").read_records([3, 0, 59]).token_lists()
     for cache_dir in ("", str(tmp_path / "disk")):
@@ -178,7 +178,7 @@ def test_a_cache_with_a_limit_keeps_what_fits_and_what_is_in_use(
 def test_a_copy_under_a_limit_is_not_taken_for_a_whole_one(
     gs_bucket: str, dataset: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root, disk = f"{gs_bucket}/data", tmp_path / "disk"
+    root, disk = f"{gs_bucket}/data[1]", tmp_path / "disk"
     transfer.upload_folder(dataset, epath.Path(root), last="manifest.json")
     size = min(path.stat().st_size for path in dataset.rglob("*train.array_record*"))
     monkeypatch.setattr(transfer, "HELD", {})

@@ -2,6 +2,7 @@
 
 import json
 import re
+import unicodedata
 
 import numpy as np
 import pytest
@@ -138,6 +139,13 @@ def test_planted_evaluation_texts_are_found_and_counted_per_set(tmp_path):
     assert all(counts["texts_found"] == counts["documents_removed"] == 4 for counts in found.values())
 
 
+def test_the_name_of_a_folder_of_evaluation_sets_is_no_glob(tmp_path):
+    sets = write_sets(tmp_path / "sets[v2]")
+    (tmp_path / "setsv").mkdir()
+    (tmp_path / "setsv/other.txt").write_text(sentence(20))
+    assert {text.set_name for text in decontamination.evaluation_texts([str(tmp_path / "sets[v2]")])} == {*sets}
+
+
 def test_the_order_of_evaluation_texts_does_not_matter(tmp_path):
     write_sets(tmp_path)
     texts = list(decontamination.evaluation_texts([str(tmp_path)]))
@@ -152,3 +160,13 @@ def test_a_folder_without_evaluation_texts_and_a_broken_file_are_refused(tmp_pat
     (tmp_path / "bad.jsonl").write_text("{")
     with pytest.raises(UserError, match="bad.jsonl"):
         list(decontamination.evaluation_texts([str(tmp_path)]))
+
+
+def test_symbols_are_neither_letters_of_any_spelling_nor_white_space_of_any_script():
+    korean = "한국어 문장, 둘."
+    assert ngrams.share_of_symbols(korean) == ngrams.share_of_symbols(unicodedata.normalize("NFD", korean)) == 2 / 10
+    spaces = [chr(code) for code in range(0x110000) if chr(code).isspace()]
+    assert "\u3000" in spaces and ngrams.share_of_symbols("語".join(spaces)) == 0
+    long = "a,b " * 50_000 + "é!" * 7  # several blocks
+    assert ngrams.share_of_symbols(long) == pytest.approx(50_007 / len(long)) and ngrams.share_of_symbols("") == 0
+    assert Cleaner(Limits(max_symbols=0.3))(unicodedata.normalize("NFD", korean)) == ""

@@ -241,3 +241,28 @@ def test_more_domains_than_have_numbers_are_refused(two: str, monkeypatch: pytes
     monkeypatch.setattr(prepared, "MAX_DOMAINS", 4)
     with pytest.raises(UserError, match="config.data.dir: 5 domains in the datasets up to .*code, but at most 4 are possible"):
         prepared.open_split(two, "train")
+
+
+def test_pairs_of_several_datasets_have_the_positives_and_the_negatives_of_all(tmp_path: pathlib.Path) -> None:
+    """One with a positive and three negatives, another with three positives: each pair has one positive, and no more."""
+    numbers = ["label", "positives", "hard_negatives"]
+    for name, positives, negatives in (("a", 1, 3), ("b", 3, 0)):
+        texts = {"fields": 1 + positives + negatives, "hard_negatives": negatives}
+        write_dataset(tmp_path / name, {"train": [60] * 20}, **texts, numbers=numbers)
+    write_dataset(tmp_path / "documents", {"train": [60] * 20})
+    both, config = f"{tmp_path}/a,{tmp_path}/b", default_config().data
+    manifest = prepared.load_manifest(both)
+    assert (manifest["fields"], manifest["hard_negatives"]) == (2, 0)
+    config.update(dir=both, batch_size=8, length=64, max_span=62, sampler="fields", views=3)
+    with pytest.raises(UserError, match=r"config.data.views=3: some pairs of config.data.dir have 2 texts; lower it"):
+        pipeline.open_stream(prepared.open_split(both, "train"), config, 0)
+    for first, second, kinds in (("a", "documents", "documents, but .*a pairs"), ("documents", "b", "pairs, but .*documents")):
+        with pytest.raises(UserError, match=f"config.data.dir: .*/{second} holds {kinds}.*; leave one of them out"):
+            prepared.open_split(f"{tmp_path}/{first},{tmp_path}/{second}", "train")
+
+
+def test_the_name_of_a_dataset_is_no_glob(tmp_path: pathlib.Path) -> None:
+    for name, count in (("pile[12]", 30), ("pile1", 20), ("what?", 10)):
+        write_dataset(tmp_path / name, {"train": [60] * count})
+        records = prepared.open_split(tmp_path / name, "train")
+        assert len(records.read_records(range(count)).token_lists()) == len(records) == count

@@ -16,6 +16,7 @@ from test_pairs import write
 from contrastive_jax.config import UserError, default_config
 from contrastive_jax.data import pipeline, prepared, spans, tokenizer
 from contrastive_jax.data.preparation import prepare
+from contrastive_jax.data.preparation.arguments import Arguments
 from contrastive_jax.data.raw import by_id
 from contrastive_jax.training import loop
 
@@ -244,10 +245,11 @@ def test_a_file_of_sources_says_prompts_lengths_and_which_negatives_are_kept(tmp
         ("[a]\nfiles = 'x'\nin_batch = 1", r"\[a\] in_batch = 1: must be true or false"),
         ("[a]\nfiles = 'x'\nmax_negatives = -1", r"\[a\] max_negatives = -1: must be at least 0"),
         ("[a]\nfiles = 'none-*.jsonl'", "no file matches"),
+        ('["é"]\nfiles = "x"', "can't decode byte 0xe9 .*; it has a table"),
     ],
 )
 def test_a_wrong_file_of_sources_is_one_line(tmp_path: pathlib.Path, text: str, message: str) -> None:
-    (tmp_path / "pairs.toml").write_text(text)
+    (tmp_path / "pairs.toml").write_bytes(text.encode("latin-1"))  # TOML is UTF-8
     with pytest.raises(UserError, match=message):
         prepare.prepare(tmp_path / "out", pairs=str(tmp_path / "pairs.toml"), **PLAIN)
 
@@ -304,3 +306,30 @@ def test_sources_with_different_prompts_name_them() -> None:
     assert prompts("q: ", "q: ") == {"query": "q: ", "document": "d: "}
     assert prompts("q: ", "find: ") == {"s0_query": "q: ", "s1_query": "find: ", "document": "d: "}
     assert prompts("", "") == {"document": "d: "} and prepared.prompts_of({}) == {}
+
+
+def test_a_limit_is_that_of_all_sources_together(tmp_path: pathlib.Path) -> None:
+    for name in ("one", "two", "three"):
+        write(tmp_path / f"{name}.jsonl", [{"query": f"{name} {i:02}", "document": f"text {i:02}"} for i in range(50)])
+    (tmp_path / "pairs.toml").write_text("".join(f"[{name}]\nfiles = '{name}.jsonl'\n" for name in ("one", "two")))
+    arguments = Arguments(pairs=(f"{tmp_path}/pairs.toml", f"{tmp_path}/three.jsonl@5"), limit=30)
+    shards = prepare.find_source(arguments).shards
+    assert [(shard.order, shard.domain) for shard in shards] == [(0, "one"), (1, "two"), (2, "")]
+    assert [shard.max_lines for shard in shards[:2]] == [9, 10] and shards[2].max_lines == 5
+    held_out = prepare.find_source(arguments._replace(validation=(f"{tmp_path}/t*.jsonl",), pairs=(f"{tmp_path}/one.jsonl",)))
+    limits = {
+        split: [shard.max_lines for shard in held_out.shards if shard.split == split] for split in ("train", "validation")
+    }
+    assert {split: sum(of_split) for split, of_split in limits.items()} == {"train": 30, "validation": 30}
+
+
+def test_texts_of_ids_are_those_of_this_call(tmp_path: pathlib.Path) -> None:
+    """A process keeps texts open; a second call in it read those of the first."""
+    rows = [{"query_text": f"question {i}", "positive_document_ids": [f"d{i}"]} for i in range(40)]
+    write(tmp_path / "train.jsonl", rows)
+    (tmp_path / "pairs.toml").write_text('[quiz]\nfiles = "train.jsonl"\ndocuments = "corpus.jsonl"')
+    for word in ("old", "newer"):
+        write(tmp_path / "corpus.jsonl", [{"_id": f"d{i}", "text": f"{word} answer {i}"} for i in range(40)])
+        prepare.prepare(tmp_path / "out", pairs=str(tmp_path / "pairs.toml"), overwrite=True, **PLAIN)
+        assert {*read(tmp_path / "out")} == {(f"question {i}", f"{word} answer {i}") for i in range(40)}
+    assert not (tmp_path / "out/.work").exists()

@@ -1,22 +1,27 @@
 """Pairs of texts: prepared from every kind of file, cut at their fields, with their labels in the batch."""
 
 import csv
+import datetime
+import decimal
 import gzip
 import io
 import json
 import math
 import pathlib
+import re
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import tokenizers
 import zstandard
 
 from contrastive_jax.config import UserError, default_config
 from contrastive_jax.data import pipeline, prepared, tokenizer
 from contrastive_jax.data.preparation import prepare
-from contrastive_jax.data.raw import pairs
+from contrastive_jax.data.raw import pairs, sources
+from contrastive_jax.data.raw.sources import Document, Part, Shard
 from contrastive_jax.evals import query_key
 
 ROWS = [
@@ -112,6 +117,11 @@ def test_labels_are_numbers_or_names() -> None:
     assert [pairs.number_of(label, ()) for label in (True, 3, "0.1", 2.5)] == [1, 3, np.float32(0.1), 2.5]
     assert [pairs.number_of(label, ("false", "true")) for label in (True, "true", False)] == [1, 1, 0]
     assert math.isnan(pairs.number_of(None, ())) and math.isnan(pairs.number_of("", ("a",)))
+    assert pairs.number_of(decimal.Decimal("0.1"), ()) == np.float32(0.1)
+    assert pairs.number_of(decimal.Decimal(1), ("0", "1")) == 1
+    for label, name in ((datetime.date(2024, 1, 31), "2024-01-31"), (b"ab", "b'ab'"), ([1], r"\[1\]"), ("many", "many")):
+        with pytest.raises(pairs.NoPairError, match=f"label {name} is no number"):
+            pairs.number_of(label, ())
 
 
 def test_row55_batches_have_the_fields_as_views_and_the_label_of_each_pair(tmp_path: pathlib.Path) -> None:
@@ -171,3 +181,56 @@ def test_row55_the_query_key_test_of_pairs_is_from_the_first_text_to_the_second(
     config.eval.pairs = 61
     with pytest.raises(UserError, match=r"config.eval.pairs=61: only \d+ held-out records have two texts"):
         query_key.make_pairs(records, config.eval, config.data)
+
+
+def rows_of_csv(folder: pathlib.Path, content: bytes) -> list[tuple[str, ...] | str]:
+    """The texts of each row of a table of queries and documents, or why there are none."""
+    path = folder / "rows.csv"
+    path.write_bytes(content)
+    shard = Shard(str(path), 0, "", size=len(content), version=str(len(content)), pair=pairs.PairFields())
+    items = sources.read(Part(shard, 0, len(content), 1, len(content), True))
+    return [item.pair.texts if isinstance(item, Document) and item.pair else item.reason for item in items]
+
+
+def test_quotes_and_long_values_of_a_csv_are_read(tmp_path: pathlib.Path) -> None:
+    expected = [("a, b", 'the "c"'), ("5 inch", '5" wide'), ("x" * 200_000, "é"), ("", "")]
+    rows = b'"a, b","the ""c"""\r\n5 inch,5" wide\n' + f'{"x" * 200_000},"\u00e9"\n"",\n'.encode()
+    assert rows_of_csv(tmp_path, b"query,document\n" + rows) == [*expected[:3], "empty text"]
+
+
+@pytest.mark.parametrize("row", [b'one,"two\nlines"\n', b"a,b\rc,d\n", b'"a"b,c\n'])
+def test_what_is_no_row_of_csv_is_a_bad_line(tmp_path: pathlib.Path, row: bytes) -> None:
+    """A quoted line break made two rows of one, neither of which the file has."""
+    good, bad, *_, last = rows_of_csv(tmp_path, b"query,document\nq,d\n" + row + b"r,e\n")
+    assert (good, last) == (("q", "d"), ("r", "e"))
+    assert bad.startswith("not a row of CSV: ") and bad.endswith("; a value may have no line breaks")
+    (whole,) = rows_of_csv(tmp_path, b'query,"document\nq,d\n')
+    assert whole.startswith("the first line is not a row of CSV: ")
+
+
+def test_a_pair_with_a_text_of_no_tokens_is_left_out(tmp_path: pathlib.Path) -> None:
+    """BERT's normaliser drops characters of no width: the text has none of its own, and training could not cut a span."""
+    words = {word for row in ROWS for word in re.findall(r"\w+", " ".join(map(str, row.values())))}
+    made = tokenizers.Tokenizer(
+        tokenizers.models.WordPiece({x: i for i, x in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted(words)])})
+    )
+    made.normalizer, made.pre_tokenizer = tokenizers.normalizers.BertNormalizer(), tokenizers.pre_tokenizers.BertPreTokenizer()
+    made.save(str(tmp_path / "tokenizer.json"))
+    nothing = "\u200b"
+    empty = [ROWS[0] | {name: nothing} for name in ("query", "document", "negative")] + [
+        ROWS[1] | {"document": nothing, "negative": nothing}
+    ]
+    manifest = make(tmp_path, [*ROWS, *empty], tokenizer=str(tmp_path / "tokenizer.json"))
+    assert sum(split["records"] for split in manifest["splits"].values()) == len(ROWS)
+    assert [*manifest["rejects"]] == ["empty text"] and sum(manifest["rejects"]["empty text"].values()) == len(empty)
+    texts = [texts for split in ("train", "validation") for texts, _ in read(tmp_path, split)]
+    assert len(texts) == len(ROWS) and all(len(each) == 3 and all(each) for each in texts)
+    with pytest.raises(UserError, match="no document for the train split"):
+        make(tmp_path, empty, tokenizer=str(tmp_path / "tokenizer.json"), overwrite=True, validation_fraction=0.5)
+
+
+def test_labels_of_a_parquet_file_may_be_decimals(tmp_path: pathlib.Path) -> None:
+    scores = {row["query"]: decimal.Decimal(i) / 4 for i, row in enumerate(ROWS)}
+    make(tmp_path, [row | {"score": scores[row["query"]]} for row in ROWS], "scores.parquet")
+    found = read(tmp_path) + read(tmp_path, "validation")
+    assert {texts[0]: label for texts, label in found} == {query: float(score) for query, score in scores.items()}

@@ -139,3 +139,25 @@ def test_the_share_of_each_file_that_was_passed_over_is_said(tmp_path: pathlib.P
     said = capsys.readouterr().err
     assert f"{tmp_path}/a.jsonl: 1 of 101 lines (0.99 %) were passed over\n" in said
     assert "were passed over; its end is missing\n" in said
+
+
+def test_the_first_file_may_be_empty_damaged_or_of_another_schema(tmp_path: pathlib.Path) -> None:
+    """None of these has a byte of text; as a later file each gave one bad line, and as the first one an IndexError."""
+    (tmp_path / "empty/a.jsonl").parent.mkdir()
+    (tmp_path / "empty/a.jsonl").write_bytes(b"")
+    write(tmp_path / "damaged/a.parquet", [{"text": text} for text in texts(20, 1)])
+    (tmp_path / "damaged/a.parquet").write_bytes((tmp_path / "damaged/a.parquet").read_bytes()[:-100])
+    write(tmp_path / "other/a.parquet", [{"body": text} for text in texts(20, 2)])
+    for folder, reason, rejects in (
+        ("empty", "a.jsonl:0: empty shard", {"empty shard": 1}),
+        ("damaged", "a.parquet:0: damaged file", {"damaged file": 1}),
+        ("other", r"a.parquet:1: no text \(--text_field=NAME says where the text is", {"no text": 20}),
+    ):
+        with pytest.raises(UserError, match=reason):
+            make(tmp_path / folder, input=f"{tmp_path / folder}/a.*")
+        write(tmp_path / folder / "b.jsonl", [{"text": text} for text in texts(60, 3)])
+        manifest = make(
+            tmp_path / folder, input=f"{tmp_path / folder}/[ab].*", validation_fraction=0.2, on_bad="skip", overwrite=True
+        )
+        assert sum(split["documents"] for split in manifest["splits"].values()) == 60
+        assert {name: sum(files.values()) for name, files in manifest["rejects"].items()} == rejects

@@ -17,7 +17,7 @@ import zstandard
 from faults import fuzz_shards
 
 from contrastive_jax.config import UserError
-from contrastive_jax.data.raw import sources, text_stream
+from contrastive_jax.data.raw import schemas, sources, text_stream
 from contrastive_jax.data.raw.parts import cut
 from contrastive_jax.data.raw.sources import Document, Part, Reject, Shard
 from contrastive_jax.files import MachineError, listing
@@ -425,3 +425,19 @@ def test_a_large_row_group_is_read_in_little_memory(tmp_path: pathlib.Path) -> N
     for _ in sources.read(part):
         peak = max(peak, pool.bytes_allocated() - before)
     assert part.text_bytes > 35 << 20 and peak < 20 << 20
+
+
+@pytest.mark.parametrize(
+    ("path", "domain"),
+    [
+        ("sts/train.tsv", "sts"),
+        ("sts/dev.tsv", "sts"),
+        ("nq/dev.jsonl", "nq"),
+        ("nli/dev.csv.gz", "nli"),
+        ("sts-dev.csv", "sts"),
+        ("quora_pairs.tsv.zst", "quora_pairs"),
+        ("devices.tsv", "devices"),
+    ],
+)
+def test_the_domain_of_a_file_has_no_split_and_no_suffix(path: str, domain: str) -> None:
+    assert schemas.name_of_corpus(path) == domain

@@ -114,3 +114,26 @@ def test_b10_ids_of_a_tokenizer_json_may_have_holes(tmp_path: pathlib.Path) -> N
     loaded = tokenizer.load(tmp_path)
     assert loaded.encode("cat") == [9]
     assert sorted(loaded.reserved.values()) == [1, *range(10, 17)] and loaded.vocab_size == 17
+
+
+def unigram_json(folder: pathlib.Path) -> tokenizer.Tokenizer:
+    """A tokenizer.json as XLM-R and T5 have it: their special tokens are pieces with a score of 0, the best of all."""
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    letters = sorted(set("".join(special)) | set("two words in a row"))
+    scores = [(piece, 0.0) for piece in special] + [("▁", -2.0), *((letter, -3.0) for letter in letters if letter != " ")]
+    made = tokenizers.Tokenizer(tokenizers.models.Unigram(scores, unk_id=3))
+    made.pre_tokenizer, made.decoder = tokenizers.pre_tokenizers.Metaspace(), tokenizers.decoders.Metaspace()
+    made.add_special_tokens(special)
+    made.post_processor = tokenizers.processors.TemplateProcessing("<s> $A </s>", None, [("<s>", 0), ("</s>", 2)])
+    made.save(str(folder / "tokenizer.json"))
+    return tokenizer.load(folder)
+
+
+def test_no_text_reaches_a_reserved_id_of_a_unigram_model(tmp_path: pathlib.Path) -> None:
+    loaded = unigram_json(tmp_path)
+    assert {loaded.reserved[name] for name in ("bos", "pad", "eos", "mask")} == {0, 1, 2, 4}
+    texts = ["two words", "</s>", "two</s>words in<mask> a <pad> row<s>", ""]
+    encoded = loaded.encode_batch(texts)
+    assert encoded == [loaded.encode(text) for text in texts]
+    assert all({0, 1, 2, 4}.isdisjoint(ids) for ids in encoded)
+    assert [loaded.decode(ids).split() for ids in encoded] == [["two", "words"], [], ["two", "words", "in", "a", "row"], []]

@@ -72,7 +72,7 @@ class Cleaner:
         checks = (  # the cheap ones first; only where one is asked for, and the earlier ones pass, are words made
             (TOO_SHORT, lambda: len(text) < limits.min_characters),
             (TOO_LONG, lambda: 0 < limits.max_characters < len(text)),
-            (SYMBOLS, lambda: 0 < limits.max_symbols < share_of_symbols(text, self.words(text))),
+            (SYMBOLS, lambda: 0 < limits.max_symbols < ngrams.share_of_symbols(text)),
             (LONG_WORDS, lambda: 0 < limits.max_word_characters < mean_size(self.words(text))),
             (REPETITION, lambda: 0 < limits.max_repetition < repetition(text, self.words(text))),
             (EVALUATION_TEXT, lambda: self._has_evaluation_text(text)),
@@ -87,11 +87,6 @@ class Cleaner:
         if len(texts):
             self.findings.add(texts)
         return bool(len(texts))
-
-
-def share_of_symbols(text: str, words: Words) -> float:
-    """Returns the share of the characters of a text that are neither in words nor white space."""
-    return 1 - (int(words.sizes.sum()) + sum(map(text.count, " \n\t\r\xa0"))) / max(len(text), 1)
 
 
 def mean_size(words: Words) -> float:

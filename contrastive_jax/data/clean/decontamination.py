@@ -64,7 +64,7 @@ def evaluation_files(path: str) -> list[ListedFile]:
     Raises:
       UserError: there is none.
     """
-    found = listing.list_files(path if plain_suffix(path) else f"{path.rstrip('/')}/**/*")
+    found = listing.list_files(path) if plain_suffix(path) else listing.files_below(path, "**/*")
     found = [file for file in found if plain_suffix(file.name)]
     if not found:
         raise UserError(f"--decontaminate={path}: no file of {', '.join(SUFFIXES)} there; give folders of evaluation sets")

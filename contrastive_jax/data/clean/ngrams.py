@@ -35,13 +35,10 @@ class Words(NamedTuple):
 
 def words_of(text: str) -> Words:
     """Returns the words of a text, in their order."""
-    if not text.isascii():
-        text = unicodedata.normalize("NFC", text)
+    text = _composed(text)
     blocks, start = [], 0
     while start < len(text):
-        folded = np.take(
-            _folding(), np.frombuffer(text[start : start + _BLOCK].encode("utf-32-le", "surrogatepass"), np.uint32)
-        )
+        folded = np.take(_folding(), _codes(text[start : start + _BLOCK]))
         if start + _BLOCK < len(text):  # the next block begins with the word that this one would cut, unless there is no other
             others = np.flatnonzero(folded == 0)
             folded = folded[: others[-1] + 1] if len(others) else folded
@@ -51,6 +48,14 @@ def words_of(text: str) -> Words:
         return blocks[0]
     empty = Words(np.zeros(0, np.uint64), np.zeros(0, np.int64))
     return Words(*(np.concatenate(column) for column in zip(empty, *blocks, strict=True)))
+
+
+def share_of_symbols(text: str) -> float:
+    """Returns the share of the characters of a text that are neither in words nor white space, however accents are spelled."""
+    text = _composed(text)
+    blocks = (_codes(text[start : start + _BLOCK]) for start in range(0, len(text), _BLOCK))
+    symbols = sum(np.count_nonzero(np.take(_symbols(), codes)) for codes in blocks)
+    return symbols / max(len(text), 1)
 
 
 def ngram_hashes(words: np.ndarray, size: int) -> np.ndarray:
@@ -67,6 +72,16 @@ def hash_numbers(numbers: np.ndarray) -> np.ndarray:
     """Returns the hash of each row of numbers: uint64 [...] of uint64 [..., n]."""
     powers = np.array([pow(_Q, exponent, 1 << 64) for exponent in range(numbers.shape[-1])], np.uint64)
     return _mix((numbers * powers).sum(axis=-1, dtype=np.uint64))
+
+
+def _composed(text: str) -> str:
+    """Returns a text in which accents and the letters of Korean are composed (NFC)."""
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
+
+
+def _codes(text: str) -> np.ndarray:
+    """Returns the code points of a text, uint32 [n]."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
 
 def _words_of_block(folded: np.ndarray, ascii_only: bool) -> Words:
@@ -127,4 +142,12 @@ def _folding() -> np.ndarray:
             table[code] = ord(character.casefold()[0])
     for begin, end in _SPACELESS:
         table[begin:end] |= np.where(table[begin:end] > 0, _ALONE, 0).astype(np.uint32)
+    return table
+
+
+@functools.cache
+def _symbols() -> np.ndarray:
+    """Returns, by code point, whether the character is neither of a word nor white space."""
+    table = _folding() == 0
+    table[[code for code in range(_ASSIGNED) if chr(code).isspace()]] = False
     return table

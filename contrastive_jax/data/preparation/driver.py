@@ -154,9 +154,9 @@ def cut(driver: Driver, recipe: Recipe, shards: Sequence[Shard]) -> list[Part]:
 def make_pieces(parts: Sequence[Part], part_bytes: int, arguments: Arguments) -> list[Piece]:
     """Returns the parts as pieces, each of one large part or of several small ones of one split."""
     groups: list[list[Part]] = []
-    size = part_bytes
+    size = 0
     for part in parts:
-        if size + part_estimate(part) > part_bytes or groups[-1][0].shard.split != part.shard.split:
+        if not groups or size + part_estimate(part) > part_bytes or groups[-1][0].shard.split != part.shard.split:
             groups.append([])
             size = 0
         groups[-1].append(part)

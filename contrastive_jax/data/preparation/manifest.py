@@ -155,9 +155,9 @@ def describe_pairs(shards: Sequence[Shard], written: Iterable[Mapping[str, Any]]
       shards: the files of the input.
       written: the outcomes of the stage "token".
     """
-    if not shards[0].pair:
-        return {}
     of_shards = [of_split for outcome in written for of_split in outcome["file_shards"].values() if of_split["records"]]
+    if not shards[0].pair or not of_shards:
+        return {}
     positives, negatives = (min(of_split[name] for of_split in of_shards) for name in ("positives", "hard_negatives"))
     names = ("query_prompt", "document_prompt", "in_batch")
     sources = {

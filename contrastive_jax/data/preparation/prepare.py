@@ -158,7 +158,9 @@ def with_texts(work: Work, shards: list[Shard], on_beam: bool) -> Iterator[list[
         raise UserError("--beam_pipeline_options: only this machine can look texts up by ids; leave it out")
     with contextlib.ExitStack() as stack:
         local = stack.enter_context(tempfile.TemporaryDirectory()) if files.on_bucket(work.root) else ""
-        yield pair_sources.write_texts(shards, pathlib.Path(local or work.path(f"{WORK}/texts")), say)
+        # Processes keep a folder of texts open by its name, which must not be that of an earlier plan.
+        folder = pathlib.Path(local or work.path(f"{WORK}/texts/{work.plan_id}"))
+        yield pair_sources.write_texts(shards, folder, say)
 
 
 def needed_memory(arguments: Arguments, shards: Sequence[Shard]) -> tuple[int, int]:

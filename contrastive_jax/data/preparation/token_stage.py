@@ -27,7 +27,7 @@ from contrastive_jax.data.preparation.stages import (
     split_of,
 )
 from contrastive_jax.data.preparation.work import WORK, Work
-from contrastive_jax.data.raw.schemas import Pair
+from contrastive_jax.data.raw.schemas import EMPTY_TEXT, Pair
 from contrastive_jax.data.raw.sources import Document
 from contrastive_jax.data.store import Record
 
@@ -145,7 +145,8 @@ def encode(tokens: Any, texts: Sequence[str], dtype: np.dtype) -> list[np.ndarra
 def encode_pairs(tokens: Any, documents: Sequence[Document], dtype: np.dtype, most: int) -> list[np.ndarray]:
     """Returns the token ids of each pair: those of each text, `most` of them at most, and the id `eos`, which ends it.
 
-    A source of pairs may ask for shorter queries or documents.
+    A source of pairs may ask for shorter queries or documents. Of a pair with a text that has no tokens, as one of characters
+    that the tokenizer drops, there are no ids.
     """
     texts, limits = list[str](), list[int]()
     for document in documents:
@@ -156,7 +157,8 @@ def encode_pairs(tokens: Any, documents: Sequence[Document], dtype: np.dtype, mo
     end = np.array([tokens.reserved["eos"]], dtype)
     pairs = zip(encode(tokens, texts, dtype), limits, strict=True)
     ended = iter([np.concatenate([ids[: min(limit, most)], end]) for ids, limit in pairs])
-    return [np.concatenate([next(ended) for _ in document.pair.texts]) for document in documents if document.pair]
+    of_pairs = ([next(ended) for _ in document.pair.texts] for document in documents if document.pair)
+    return [np.concatenate(ids) if min(map(len, ids)) > 1 else np.zeros(0, dtype) for ids in of_pairs]
 
 
 def documents_of(recipe: Recipe, piece: Piece, rejects: Rejects) -> Iterator[list[Document]]:
@@ -195,6 +197,9 @@ def token_piece(recipe: Recipe, piece: Piece) -> Outcome:
         for document, ids in zip(batch, encoded, strict=True):
             key, size = key_and_size(document.text)
             split, domain = split_of(key, document.shard, arguments.validation_fraction), document.domain
+            if document.pair and not len(ids):
+                rejects.add(EMPTY_TEXT, document.shard, domain, split)
+                continue
             counts[split, domain, "documents"] += 1
             counts[split, domain, "records"] += columns[split].add(key, numbers[domain], ids, longest, document.pair)
             counts[split, domain, "tokens"] += len(ids)

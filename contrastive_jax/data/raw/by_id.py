@@ -85,5 +85,5 @@ class Texts:
 
 @functools.lru_cache(16)
 def open_texts(folder: str) -> Texts:
-    """Returns the texts of a folder, opened once per process."""
+    """Returns the texts of a folder, opened once per process; other texts need a folder of another name."""
     return Texts(pathlib.Path(folder))

@@ -25,6 +25,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import orjson
+from etils import epath
 
 from contrastive_jax.config import UserError
 from contrastive_jax.data.raw import by_id, inputs
@@ -62,7 +63,9 @@ def read(path: str) -> list[PairSource]:
       UserError: it cannot be read, or a key is unknown or has a wrong value; the message names it.
     """
     try:
-        tables = tomllib.loads(pathlib.Path(path).read_text())
+        tables = tomllib.loads(epath.Path(path).read_bytes().decode())  # TOML is UTF-8, whatever the locale
+    except FileNotFoundError as error:
+        raise UserError(f"--pairs={path}: no such file") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"--pairs={path}: {error}; it has a table [NAME] for each source") from error
     if not tables:
@@ -102,6 +105,8 @@ def pair_shards(
 ) -> list[Shard]:
     """Returns the files of pairs, of globs and of files of sources; see `inputs.file_shards`. Each belongs to the first source.
 
+    The limit is the most lines over all sources.
+
     Raises:
       UserError: a file of sources is wrong, or goes with --min_negatives; a glob matches nothing, or the first lines of a
         source have no pair.
@@ -113,14 +118,13 @@ def pair_shards(
             raise UserError(f"--min_negatives={pair.options.min_negatives}: write min_negatives for each source of {pattern}")
         for source in sources:
             fields = pair._replace(options=source.options) if source else pair
-            found = inputs.file_shards(
-                source.files if source else [pattern], split, flag, text_field, domain_field, limit, fields
-            )
+            globs = source.files if source else [pattern]
+            found = inputs.file_shards(globs, split, flag, text_field, domain_field, pair=fields)
             found = [shard for shard in found if shard.name not in {other.name for other in shards}]
             found = [shard._replace(domain=source.name) for shard in found] if source else found
             has_ids = fields.options.queries or fields.options.documents  # which cannot be looked up yet
             shards += found if has_ids or not found else inputs.with_field_count(found, fields)
-    return [shard._replace(order=order) for order, shard in enumerate(shards)]
+    return [shard._replace(order=order) for order, shard in enumerate(inputs.with_limit(shards, "max_lines", limit))]
 
 
 def looked_up(shards: Iterable[Shard]) -> list[str]:

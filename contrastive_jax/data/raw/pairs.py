@@ -13,7 +13,6 @@ without a flag, the first that a record has:
 The texts of ids are in files of their own, see `pair_sources`.
 """
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -262,7 +261,7 @@ def number_of(label: Any, names: tuple[str, ...]) -> float:
     """
     if label is None or label == "":
         return math.nan
-    text = label if isinstance(label, str) else json.dumps(label)  # true, 1, 0.5
+    text = str(label).lower() if isinstance(label, bool) else str(label)  # true, 1, 0.5
     if names:
         if text not in names:
             raise NoPairError(f"label {text[:40]} is not among --labels")

@@ -32,7 +32,7 @@ HARMLESS = (EMPTY_TEXT, FEW_NEGATIVES)  # reasons to count a line, but never to 
 NO_TEXT = "no text"
 # What a file's name has beside the name of the corpus: numbers of shards, splits, and suffixes.
 _NAME_PARTS = re.compile(
-    r"(\.|-|_|^)(\d+([-_]?of[-_]?\d+)?|train|training|validation|valid|val|test|part|shard|chunk|tfrecord|data)(?=\.|-|_|$)"
+    r"(\.|-|_|^)(\d+([-_]?of[-_]?\d+)?|train|training|validation|valid|val|dev|test|part|shard|chunk|tfrecord|data)(?=\.|-|_|$)"
 )
 
 
@@ -118,7 +118,7 @@ def name_of_corpus(path: str) -> str:
     "10BT" for "sample/10BT/000_00000.parquet".
     """
     parts = [part for part in path.rpartition("://")[2].split("/") if part]
-    name = re.sub(r"(\.(jsonl|json|ndjson|parquet|gz|zst|bz2|xz))+$", "", parts[-1])
+    name = re.sub(r"(\.(jsonl|json|ndjson|tsv|csv|parquet|gz|zst|bz2|xz))+$", "", parts[-1])
     for candidate in (name, *reversed(parts[:-1])):
         stripped = _NAME_PARTS.sub("", candidate).strip("._- ")
         if stripped:

@@ -278,7 +278,10 @@ class Reader:
 def _parse(line: bytes, shard: Shard, default: str) -> Content:
     """Returns the document in a line of JSON or of a table, or why there is none."""
     if tables.is_table(shard.name):
-        return _content_of(tables.record_of(line, shard.name, shard.version, has_header(shard)), shard, default)
+        try:
+            return _content_of(tables.record_of(line, shard.name, shard.version, has_header(shard)), shard, default)
+        except tables.NoRowError as error:
+            return Content("", default, str(error))
     try:
         record = orjson.loads(line)
     except ValueError:
