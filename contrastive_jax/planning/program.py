@@ -9,6 +9,8 @@ import numpy as np
 
 # Bytes per element of each element type; `nbytes` derives the size of a type that is not listed from the digits in its name.
 ELEMENT_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "token": 0}
+# What a convolution's window says per axis where it is not 1, in the order in which `convolution_flops` reads them.
+WINDOW = ("stride", "rhs_dilate", "lhs_dilate")
 # Transfers between TPU slices are a send and a receive through the hosts; XLA's name for each kind.
 BETWEEN_SLICES = {
     "ALL_GATHER": "all-gather",
@@ -156,9 +158,10 @@ def product_flops(program: Program, instruction: Instruction) -> float:
 
 
 def convolution_flops(program: Program, instruction: Instruction) -> float:
-    """Returns the FLOPs of a convolution; multiplications with padding do not count.
+    """Returns the FLOPs of a convolution; multiplications with padding, and with the zeros of a dilation, do not count.
 
-    TPU programs write matrix products as convolutions, and batches of products as convolutions with padding.
+    TPU programs write matrix products as convolutions, and batches of products as convolutions with padding or with a dilated
+    input, of which each output sees one element.
     """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.line)
     sizes = [
@@ -169,9 +172,17 @@ def convolution_flops(program: Program, instruction: Instruction) -> float:
     if not labels or not all(sizes):
         return 0.0
     data, kernel, out = (dict(zip(text, size, strict=True)) for text, size in zip(labels.groups(), sizes, strict=True))
-    # Along a spatial axis each kernel element is multiplied at most once per output, and at most once per input.
-    products = math.prod(kernel[axis] * min(out[axis], data[axis]) for axis in kernel if axis.isdigit())
-    return 2.0 * out["b"] * out["f"] * kernel["i"] * products
+    said = re.search(r"window={([^}]*)}", instruction.line)
+    window = {name: values.split("x") for name, values in re.findall(r"(\w+)=([-\w]+)", said[1] if said else "")}
+
+    def products(axis: str) -> int:
+        """Counts the pairs of an output and a kernel element, along a spatial axis, that meet an element of the input."""
+        stride, dilation, spread = (int(window[key][int(axis)]) if key in window else 1 for key in WINDOW)
+        before = int(window["pad"][int(axis)].partition("_")[0]) if "pad" in window else 0
+        place = np.arange(out[axis])[:, None] * stride + np.arange(kernel[axis]) * dilation - before
+        return int(((place >= 0) & (place <= (data[axis] - 1) * spread) & (place % spread == 0)).sum())
+
+    return 2.0 * out["b"] * out["f"] * kernel["i"] * math.prod(products(axis) for axis in kernel if axis.isdigit())
 
 
 def operand_sizes(program: Program, instruction: Instruction, index: int) -> tuple[int, ...]:

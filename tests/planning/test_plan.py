@@ -95,6 +95,20 @@ ENTRY %main (a: bf16[1,96,768], b: bf16[12,768,64]) -> bf16[12,96,64] {
 """
     parsed = program.parse_program(text)
     assert program.product_flops(parsed, parsed.computations["main"][-1]) == 2 * 96 * 768 * 12 * 64
+    # Attention's scores of 8 rows and 16 heads, as XLA writes them for a TPU: each output sees one element of the input.
+    for window in (
+        "size=8x16 stride=7x15 lhs_dilate=8x16",
+        "size=8x16 stride=8x16 pad=7_7x15_15 lhs_dilate=7x15 rhs_reversal=1x1",
+    ):
+        text = f"""
+ENTRY %main (a: f32[8,16,128,96], b: f32[8,16,128,96]) -> f32[8,16,128,128] {{
+  %a = f32[8,16,128,96]{{3,2,1,0}} parameter(0)
+  %b = f32[8,16,128,96]{{3,2,1,0}} parameter(1)
+  ROOT %c = f32[8,16,128,128]{{3,2,1,0}} convolution(%a, %b), window={{{window}}}, dim_labels=01bf_01oi->01bf
+}}
+"""
+        parsed = program.parse_program(text)
+        assert program.product_flops(parsed, parsed.computations["main"][-1]) == 2 * 8 * 16 * 128 * 128 * 96
 
 
 def test_asynchronous_transfers_hide_behind_compute() -> None:
