@@ -119,12 +119,15 @@ def read_queries(folder: epath.Path) -> JudgedQueries:
 
 
 def judge(path: epath.Path, queries: Iterable[tuple[str, str]], relevant: dict[str, dict[str, float]]) -> JudgedQueries:
-    """Returns the queries (id, text) that have grades in `relevant`; a document with the id of its query is left out.
+    """Returns the queries (id, text) that have grades in `relevant`.
+
+    A document with the id of the query is left out, unless it is relevant: the ids of queries are then others than those of
+    documents, although they look alike.
 
     Raises:
       UserError: there are none; the message names the path of the grades.
     """
-    judged = [(text, relevant[key], key) for key, text in queries if key in relevant]
+    judged = [(text, relevant[key], "" if key in relevant[key] else key) for key, text in queries if key in relevant]
     if not judged:
         raise UserError(f"{path}: no query has a document with a score above 0")
     texts, grades, keys = (list(column) for column in zip(*judged, strict=True))

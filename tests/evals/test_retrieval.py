@@ -69,6 +69,9 @@ def test_a_folder_is_scored_and_a_bad_one_named(tmp_path: pathlib.Path) -> None:
     (tmp_path / "corpus.jsonl").write_text((tmp_path / "queries.jsonl").read_text() + corpus)
     assert retrieval.score_encoder(encode, epath.Path(tmp_path))["test"] == measured
     assert retrieval.score_bm25(epath.Path(tmp_path))["test"] == measured
+    # Where queries and documents are numbered alike, the relevant one stays.
+    judged = retrieval.judge(epath.Path(tmp_path), [("1", "a"), ("2", "b")], {"1": {"1": 1.0}, "2": {"3": 1.0}})
+    assert judged.left_out == ["", "2"]
     (tmp_path / "corpus.jsonl").write_text('{"_id": "a", "text": "b"}\n[]\n')
     with pytest.raises(UserError, match=r"corpus.jsonl:2: not a JSON object"):
         retrieval.score_encoder(encode, epath.Path(tmp_path))
