@@ -1,4 +1,4 @@
-"""The recipe that learns most in 30 minutes on 2 CPU cores: a bag of token embeddings, a large batch, spans of many lengths.
+"""The plain encoder that learns most within half an hour on a CPU: a bag of token embeddings, with a large batch.
 
     contrastive-jax train --config=configs/pile_small.py --workdir=runs/pile_small --config.data.dir=data/pile
     contrastive-jax train --config=configs/pile_small.py:ngrams --workdir=runs/ngrams --config.data.dir=data/pile
