@@ -29,7 +29,7 @@ def refusal_of(config: ConfigDict) -> str:
 def check_export(run: pathlib.Path, folder: pathlib.Path, views: Sequence[str] = ("query", "document")) -> None:
     """The run gives the same vectors from the folder that it is exported to, or is refused and leaves none."""
     stored = json.loads((run / "config.json").read_text())
-    stored["model"] |= {"dtype": "float32", "attention": "plain"}  # bfloat16 has no digits to compare
+    stored["model"] |= {"dtype": "float32", "products": "float32", "attention": "plain"}  # bfloat16 has no digits to compare
     (run / "config.json").write_text(json.dumps(stored))
     model = text_model.load(str(run))
     assert model.config is not None and model.max_tokens == model.config.model.max_length
