@@ -169,13 +169,13 @@ def declutr(config: ConfigDict) -> Sampler:
 
 
 def sentences(config: ConfigDict) -> Sampler:
-    """Two chunks of `config.sentences` sentences of one record, as in CoLE's `PairChooser`.
+    """Two runs of `config.sentences` sentences of one record, as in CoLE's `PairChooser`.
 
-    Of the sentences that have a partner, the first chunk begins at any with equal chance. The second begins at any with equal
-    chance of those before or after it that leave min_separation to max_separation sentences between the chunks. Where a record
-    has too few sentences for that, a chunk has (sentences - min_separation) // 2 of them; where that is none, the record is cut
-    at its middle. Chunks of more than max_span tokens lose their end. Records of less than twice min_span tokens are left out,
-    and a chunk of short sentences may have fewer than min_span.
+    Of the sentences that have a partner, the first run begins at any with equal chance. The second begins at any with equal
+    chance of those before or after it that leave min_separation to max_separation sentences between the two. Where a record
+    has too few sentences for that, a run has (sentences - min_separation) // 2 of them; where that is none, the record is cut
+    at its middle. Runs of more than max_span tokens lose their end. Records of less than twice min_span tokens are left out,
+    and a run of short sentences may have fewer than min_span.
 
     Raises:
       UserError: a minimum is above its maximum.

@@ -63,9 +63,9 @@ def score_task(
 
 def result_path(model: str, task: str, data: str) -> epath.Path | None:
     """Returns where a result goes by default: WORKDIR/TASK-DATA.json, and nowhere for a model that is not a run."""
-    folder = parse_model_name(model).folder
+    folder, is_run, _ = parse_model_name(model)
     name = f"{task}-{epath.Path(data).name.replace(':', '-')}" if data else task
-    return folder / f"{name}.json" if (folder / "checkpoints").is_dir() else None
+    return folder / f"{name}.json" if is_run and (folder / "checkpoints").is_dir() else None
 
 
 def evaluate_model(

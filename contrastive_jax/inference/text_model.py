@@ -121,7 +121,7 @@ class TextModel:
         The first call hashes the parameters. The key "step" is absent for an exported or Hugging Face folder.
         """
         leaves_out = any(self.tokenize_views.prompt_tokens(view) for view in self.tokenize_views.views)
-        default = getattr(self.tokenize_views, "default_prompt", None)
+        default = self.tokenize_views.default_prompt
         return (
             {"model": self.name}
             | ({} if self.step is None else {"step": self.step})
@@ -181,7 +181,7 @@ class TextModel:
         limits = batching.device_limits(jax.default_backend()).times(jax.device_count())
         with contextlib.ExitStack() as stack:
             if progress is None:
-                progress = stack.enter_context(Progress(f"encoding {view} texts", len(rows), "texts", quiet_if_short=True))
+                progress = stack.enter_context(Progress(f"encoding ({view})", len(rows), "texts", quiet_if_short=True))
             shortest = self.max_tokens if encoder_lib.pads_rows(self.model_config) else 0
             return batching.embed_ragged(
                 forward if prompt_tokens else self.forward, rows, self.max_tokens, limits, progress.advance, shortest

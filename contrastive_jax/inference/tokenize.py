@@ -94,6 +94,11 @@ class RunTokenize:
         return self.own_prompts or ("[x], {y}" if self.delimiters else "none")
 
     @property
+    def default_prompt(self) -> str | None:
+        """The name of the prompt of texts on no side, for the protocol: none, since they are queries."""
+        return None
+
+    @property
     def views(self) -> tuple[str, ...]:
         """The sides, NO_SIDE, and the names of all other prompts."""
         return (*VIEWS, NO_SIDE, *(name for name in self.own_prompts if name not in VIEWS))

@@ -91,17 +91,18 @@ class Checkpoints:
         Raises:
           MachineError: they still see others after two minutes.
         """
-        for seconds in (0, 1, 9, 30, 80) if jax.process_count() > 1 else ():
+        if jax.process_count() == 1:
+            return
+        for seconds in (0, 1, 9, 30, 80):
             time.sleep(seconds)
             self._manager.reload()
             own = np.frombuffer(hashlib.sha256(str(self.steps()).encode()).digest(), np.uint8)
             if (multihost_utils.process_allgather(own) == own).all():
                 return
-        if jax.process_count() > 1:
-            raise files.MachineError(
-                f"{self.directory}: the processes see different checkpoints there (process {jax.process_index()} sees "
-                f"{self.steps()}); is it one folder, which all of them share?"
-            )
+        raise files.MachineError(
+            f"{self.directory}: the processes see different checkpoints there (process {jax.process_index()} sees "
+            f"{self.steps()}); is it one folder, which all of them share?"
+        )
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Returns which checkpoints stay, the `keep` newest and the best; Orbax calls it after each save."""

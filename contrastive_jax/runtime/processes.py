@@ -167,7 +167,7 @@ def check_agreement(**values: str) -> None:
 
 
 def check_shared_folder(folder: epath.Path) -> None:
-    """Checks that all processes see one folder, by a file that process 0 makes there; every process must call it.
+    """Checks that all processes see the folder of process 0, by a file that it makes there; every process must call it.
 
     Raises:
       UserError: a process sees another folder; the message names it.
@@ -176,13 +176,13 @@ def check_shared_folder(folder: epath.Path) -> None:
         return
     token = np.frombuffer(os.urandom(8), np.uint8)
     if is_first := jax.process_index() == 0:
-        files.make_folder(folder)
         files.write_text(folder / f".seen-{token.tobytes().hex()}", "")
     token = multihost_utils.broadcast_one_to_all(token)  # after the file is there
     path = folder / f".seen-{token.tobytes().hex()}"
     seen = multihost_utils.process_allgather(np.array([path.exists()]))[:, 0]
     if is_first:
         path.unlink()
+    multihost_utils.sync_global_devices("the file is gone")  # before an error of another process ends process 0
     if not seen.all():
         others = ", ".join(str(i) for i in np.flatnonzero(~seen))
         raise UserError(

@@ -89,6 +89,7 @@ def test_a_result_is_written_beside_its_run_or_to_output(
     assert run.result_path(workdir, "sts", "a/stsb") == epath.Path(workdir) / "sts-stsb.json"
     assert run.result_path(f"{workdir}@best", "query_key", "") == epath.Path(workdir) / "query_key.json"
     assert run.result_path(f"hf:{folder}", "sts", "a/stsb") is None
+    assert run.result_path(f"hf:{workdir}", "sts", "a/stsb") is None
     (tmp_path / "run@0.1" / "checkpoints").mkdir(parents=True)
     assert run.result_path(f"{workdir}@0.1", "sts", "a/stsb") == epath.Path(f"{workdir}@0.1") / "sts-stsb.json"
     for name in ("a.json", "b.json"):

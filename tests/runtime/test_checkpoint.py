@@ -143,6 +143,25 @@ def test_what_the_machine_refuses_is_no_damage(
     checkpoints.close()
 
 
+def test_processes_wait_until_they_see_the_same_checkpoints(
+    trained: tuple[ConfigDict, pathlib.Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other process sees the newest checkpoint of a shared folder late, or never."""
+    checkpoints, slept, late = checkpoint.Checkpoints(trained[1], read_only=True), list[int](), 2
+
+    def gather(own: np.ndarray) -> np.ndarray:
+        return np.stack([own, own if len(slept) > late else own ^ 1])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(checkpoint.multihost_utils, "process_allgather", gather)
+    monkeypatch.setattr(checkpoint.time, "sleep", slept.append)
+    checkpoints._wait_for_same_steps()
+    assert slept == [0, 1, 9]
+    late = 100
+    with pytest.raises(files_lib.MachineError, match=r"the processes see different checkpoints .*process 0 sees \[2, 4\]"):
+        checkpoints._wait_for_same_steps()
+
+
 def test_what_a_killed_process_had_written_is_deleted(trained: tuple[ConfigDict, pathlib.Path], tmp_path: pathlib.Path) -> None:
     _, workdir = trained
     copy = shutil.copytree(workdir, tmp_path / "copy")
